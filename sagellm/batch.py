@@ -1,0 +1,208 @@
+"""What the scheduler hands over: requests, the columns of the running sequences, one step's batch.
+
+A leaf: numpy only, no xDSL, no torch. A running sequence is a row of `Columns`; everything that a step needs
+to know of it is a number in a column, so that no step walks over requests in Python.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum, IntFlag
+
+import numpy as np
+from attrs import define, field
+
+from sagellm.errors import UserError
+
+
+class Phase(IntEnum):
+    """What a sequence does in a step."""
+
+    DECODE = 0
+    PREFILL = 1
+
+
+def _range(low: float, high: float, *, low_open: bool = False):
+    accepted = f"{'more than' if low_open else 'at least'} {low:g}" + (
+        f" and at most {high:g}" if math.isfinite(high) else ""
+    )
+
+    def check(instance: object, attribute, value: object) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value > high or (value <= low if low_open else value < low):
+            raise UserError(f"{attribute.name} is {value!r}; accepted: a number {accepted}")
+
+    return check
+
+
+def _whole(low: int, high: int | None = None):
+    accepted = f"a whole number of at least {low}" + (f" and at most {high}" if high is not None else "")
+
+    def check(instance: object, attribute, value: object) -> None:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < low or (high is not None and value > high):
+            raise UserError(f"{attribute.name} is {value!r}; accepted: {accepted}")
+
+    return check
+
+
+@define(frozen=True, kw_only=True)
+class SamplingParams:
+    """How a request's tokens are chosen. Names and defaults are those of the OpenAI API and of vLLM."""
+
+    max_tokens: int = field(default=128, validator=_whole(1))
+    temperature: float = field(default=0.0, validator=_range(0, math.inf))
+    """0 is greedy."""
+    top_k: int = field(default=0, validator=_whole(0))
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = field(default=1.0, validator=_range(0, 1, low_open=True))
+    min_p: float = field(default=0.0, validator=_range(0, 1))
+    repetition_penalty: float = field(default=1.0, validator=_range(0, math.inf, low_open=True))
+    """Over prompt and output tokens, as in CTRL (Keskar et al. 2019)."""
+    presence_penalty: float = field(default=0.0, validator=_range(-2, 2))
+    frequency_penalty: float = field(default=0.0, validator=_range(-2, 2))
+    seed: int | None = field(default=None)
+    """Two runs with one seed draw the same tokens; None takes a fresh seed."""
+    stop: tuple[str, ...] = field(
+        default=(), converter=lambda s: (s,) if isinstance(s, str) else tuple(s or ())
+    )
+    stop_token_ids: tuple[int, ...] = field(default=(), converter=tuple)
+    ignore_eos: bool = False
+    logprobs: int | None = field(default=None)
+    """Return the logprob of each chosen token and of this many likeliest ones (0: the chosen alone)."""
+
+    @seed.validator
+    def _check_seed(self, attribute, value) -> None:
+        if value is not None and (
+            not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63
+        ):
+            raise UserError(f"seed is {value!r}; accepted: a whole number from 0 to 2**63-1, or nothing")
+
+    @stop.validator
+    def _check_stop(self, attribute, value) -> None:
+        if not all(isinstance(s, str) and s for s in value):
+            raise UserError(f"stop is {list(value)!r}; accepted: a list of texts that are not empty")
+
+    @logprobs.validator
+    def _check_logprobs(self, attribute, value) -> None:
+        if value is not None:
+            _whole(0, 20)(self, attribute, value)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@define
+class Request:
+    """One prompt to be continued."""
+
+    id: str
+    prompt: list[int]
+    sampling: SamplingParams = field(factory=SamplingParams)
+
+
+class Stage(IntFlag):
+    """What a sequence's sampling needs besides the likeliest token."""
+
+    DRAW = 1
+    TOP_K = 2
+    TOP_P = 4
+    MIN_P = 8
+    PENALTIES = 16
+
+    @classmethod
+    def of(cls, sampling: SamplingParams) -> Stage:
+        stages = cls(0)
+        if (
+            sampling.repetition_penalty != 1.0
+            or sampling.presence_penalty != 0.0
+            or sampling.frequency_penalty != 0.0
+        ):
+            stages |= cls.PENALTIES
+        if sampling.greedy:
+            return stages
+        stages |= cls.DRAW
+        stages |= cls.TOP_K if sampling.top_k else 0
+        stages |= cls.TOP_P if sampling.top_p < 1.0 else 0
+        stages |= cls.MIN_P if sampling.min_p > 0.0 else 0
+        return stages
+
+
+class Columns:
+    """The running sequences as columns; a sequence is a row number until it ends.
+
+    Shapes: [capacity], `tokens` [capacity, max_length], `blocks` [capacity, max_length / block_size].
+    """
+
+    def __init__(self, capacity: int, max_length: int, block_size: int):
+        self.capacity, self.max_length, self.block_size = capacity, max_length, block_size
+        self.max_blocks = -(-max_length // block_size)
+        self.tokens = np.zeros((capacity, max_length), np.int32)
+        self.blocks = np.zeros((capacity, self.max_blocks), np.int32)
+        self.prompt = np.zeros(capacity, np.int32)
+        self.length = np.zeros(capacity, np.int32)
+        """Known tokens: the prompt and what was generated."""
+        self.context = np.zeros(capacity, np.int32)
+        """Tokens whose keys and values are in the cache."""
+        self.owned = np.zeros(capacity, np.int32)
+        """Entries of `blocks` in use."""
+        self.new = np.zeros(capacity, np.int32)
+        """This step: tokens to bring into the cache."""
+        self.leader = np.full(capacity, -1, np.int32)
+        """This step: the row that computes this row's first `shared` new tokens, or -1."""
+        self.shared = np.zeros(capacity, np.int32)
+        self.stages = np.zeros(capacity, np.int32)
+        self.temperature = np.zeros(capacity, np.float32)
+        self.top_k = np.zeros(capacity, np.int64)
+        self.top_p = np.ones(capacity, np.float32)
+        self.min_p = np.zeros(capacity, np.float32)
+        self.repetition = np.ones(capacity, np.float32)
+        self.presence = np.zeros(capacity, np.float32)
+        self.frequency = np.zeros(capacity, np.float32)
+        self.seed = np.zeros(capacity, np.uint64)
+        self.sample = np.zeros(capacity, np.int64)
+        """Which of a request's `n` samples this is."""
+
+    def fill(self, row: int, request: Request, seed: int) -> None:
+        """Put a request into a free row."""
+        count, sampling = len(request.prompt), request.sampling
+        self.tokens[row, :count] = request.prompt
+        self.prompt[row] = self.length[row] = count
+        self.context[row] = self.owned[row] = self.new[row] = self.shared[row] = 0
+        self.leader[row] = -1
+        self.stages[row] = Stage.of(sampling)
+        self.temperature[row] = sampling.temperature
+        self.top_k[row] = sampling.top_k
+        self.top_p[row] = sampling.top_p
+        self.min_p[row] = sampling.min_p
+        self.repetition[row] = sampling.repetition_penalty
+        self.presence[row] = sampling.presence_penalty
+        self.frequency[row] = sampling.frequency_penalty
+        self.seed[row] = seed
+
+
+class Batch:
+    """One step: which rows decode, which prefill. What passes decided about it are `facts`, by phase."""
+
+    __slots__ = ("columns", "decode", "facts", "prefill")
+
+    def __init__(self, columns: Columns, decode: np.ndarray, prefill: np.ndarray):
+        self.columns, self.decode, self.prefill = columns, decode, prefill
+        self.facts: dict[Phase, tuple[str, ...]] = {}
+
+    def rows(self, phase: Phase) -> np.ndarray:
+        return self.decode if phase is Phase.DECODE else self.prefill
+
+    def table(self, phase: Phase) -> dict[str, np.ndarray]:
+        """The group's values as a dump shows them."""
+        rows, c = self.rows(phase), self.columns
+        names = ("length", "context", "new") + (("leader", "shared") if phase is Phase.PREFILL else ())
+        return {"row": rows} | {name: getattr(c, name)[rows] for name in names}
+
+    def output_rows(self) -> np.ndarray:
+        """Sequences that get a token in this step: all decodes, and prefills that reach their end."""
+        c, rows = self.columns, self.prefill
+        if not len(rows):
+            return self.decode
+        return np.concatenate([self.decode, rows[c.context[rows] + c.new[rows] == c.length[rows]]])

@@ -1,0 +1,123 @@
+"""Verification, with errors of one line: `weak` (arity, properties, definitions before uses) and `full`."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
+from xdsl.ir import BlockArgument, Operation
+from xdsl.irdl import VarOperandDef
+from xdsl.utils.exceptions import VerifyException
+
+from sagellm.errors import UserError
+from sagellm.ir.dialects import batch, nn, weights
+from sagellm.ir.edit import only_block, operations
+from sagellm.ir.syntax import SageOp
+
+
+def verify(module: ModuleOp, level: str = "full") -> None:
+    """Raise `UserError` naming the first operation that is wrong. Levels: `off`, `weak`, `full`."""
+    if level == "off":
+        return
+    for function in module.body.blocks[0].ops:
+        if not isinstance(function, SageOp):
+            raise UserError(
+                f"{function.name} at the top of a module; accepted: batch.step, nn.func, weights.load"
+            )
+        _verify_block(function)
+    if level != "full":
+        return
+    try:
+        module.verify()
+    except VerifyException as error:
+        raise UserError(f"the graph does not verify: {str(error).strip().splitlines()[0]}") from error
+    _verify_symbols(module)
+
+
+@cache
+def _shape(kind: type[Operation]) -> tuple[int, bool, frozenset[str]]:
+    """(operands wanted, may there be more, required properties)."""
+    definition = kind.get_irdl_definition()  # type: ignore[attr-defined]
+    operands = [d for _, d in definition.operands]
+    variadic = any(isinstance(d, VarOperandDef) for d in operands)
+    required = frozenset(n for n, d in definition.properties.items() if type(d).__name__ == "PropertyDef")
+    return len(operands) - variadic, variadic, required
+
+
+def _verify_block(function: Operation) -> None:
+    block = only_block(function)
+    defined = {id(argument) for argument in block.args}
+    for op in operations(block):
+        wanted, variadic, required = _shape(type(op))
+        count = len(op._operands)
+        if count < wanted or (count > wanted and not variadic):
+            raise UserError(f"{describe(op)}: has {count} operands, wants {wanted}{' or more' * variadic}")
+        if missing := required - op.properties.keys():
+            raise UserError(f"{describe(op)}: lacks the property {sorted(missing)[0]}")
+        for operand in op._operands:
+            if id(operand) not in defined:
+                where = (
+                    "a block argument of another function"
+                    if isinstance(operand, BlockArgument)
+                    else operand.op.name
+                )
+                raise UserError(f"{describe(op)}: uses a value before it is defined (made by {where})")
+        defined.update(id(result) for result in op.results)
+
+
+def _verify_symbols(module: ModuleOp) -> None:
+    """Functions that are called exist; weights that are used are stored by the weights program, if there is one."""
+    functions = {
+        op.properties["sym_name"].data: op for op in only_block(module).ops if isinstance(op, nn.Func)
+    }
+    loads = {op.fills: op for op in only_block(module).ops if isinstance(op, weights.Load)}
+    for function in only_block(module).ops:
+        for op in operations(only_block(function)):
+            if isinstance(op, (nn.Call, nn.Repeat)):
+                _exists(op, op.callee, functions)
+            if isinstance(op, batch.Forward) and functions:
+                _exists(op, op.model, functions)
+            if isinstance(op, batch.Sample) and functions:
+                _exists(op, op.sampler, functions)
+        if isinstance(function, nn.Func) and function.sym_name.data in loads:
+            load = only_block(loads[function.sym_name.data])
+            stored = {
+                op.weight.root_reference.data for op in operations(load) if isinstance(op, weights.Store)
+            }
+            for op in operations(only_block(function)):
+                for name in weight_names(op):
+                    if name not in stored:
+                        raise UserError(
+                            f"{describe(op)}: no weight @{name} in @{function.sym_name.data}; "
+                            f"accepted: {', '.join('@' + s for s in sorted(stored))}"
+                        )
+
+
+def _exists(op: Operation, callee: SymbolRefAttr, functions: dict) -> None:
+    name = callee.root_reference.data
+    if name not in functions:
+        raise UserError(
+            f"{describe(op)}: no function @{name}; accepted: {', '.join('@' + f for f in functions)}"
+        )
+
+
+def weight_names(op: Operation) -> list[str]:
+    """The weights that an operation of the model graph reads."""
+    if isinstance(op, (nn.Call, nn.Repeat)):
+        return []
+    return [
+        attr.root_reference.data
+        for name in ("weight", "bias")
+        if isinstance(attr := op.properties.get(name), SymbolRefAttr)
+    ]
+
+
+def describe(op: Operation) -> str:
+    """`%q = nn.linear` or `nn.kv_write (operation 7 of @layers)`: enough to find the operation in a dump."""
+    names = ", ".join(f"%{r.name_hint}" for r in op.results if r.name_hint)
+    text = f"{names} = {op.name}" if names else op.name
+    function = op.parent_op()
+    if function is None or "sym_name" not in function.properties:
+        return text
+    index = next(i for i, other in enumerate(operations(only_block(function)), 1) if other is op)
+    return f"{text} (operation {index} of @{function.properties['sym_name'].data})"

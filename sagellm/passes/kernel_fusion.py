@@ -1,0 +1,165 @@
+"""Fewer, larger kernels, as far as the backend has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from xdsl.ir import OpResult
+
+from sagellm.ir.attrs import dtype_name, last_dim, tensor
+from sagellm.ir.build import created, properties
+from sagellm.ir.check import weight_names
+from sagellm.ir.dialects import nn, weights
+from sagellm.ir.edit import (
+    erase,
+    insert_after,
+    insert_before,
+    only_block,
+    operations,
+    precedes,
+    replace,
+    users,
+)
+from sagellm.ir.graph import IRGraph
+from sagellm.passes.driver import Pass, PassContext, rewrites
+
+
+@dataclass(frozen=True)
+class KernelFusion(Pass):
+    """Merges linears that read one input (q/k/v, gate/up), add + rms_norm, and silu * up.
+
+    Merged linears become one matrix product; the weights program joins their matrices at load time.
+    Declines where the backend has no kernel for the fused operation, where only some of the linears have a bias,
+    where a weight is used a second time, and for silu * up when the two are not halves of one product.
+    """
+
+    name: ClassVar[str] = "kernel-fusion"
+    graph: ClassVar[Literal["model"]] = "model"
+
+    @rewrites(nn.Linear)
+    def merge_linears(self, op: nn.Linear, graph: IRGraph, context: PassContext) -> None:
+        group = [user for user in users(op.x) if isinstance(user, nn.Linear)]
+        if len(group) < 2 or group[0] is not op:
+            return
+        names = [linear.weight.root_reference.data for linear in group]
+        what = " + ".join(f"@{name}" for name in names)
+        if "nn.split" not in context.capability.kernels:
+            self.declined(context, op, f"{what}: {context.capability.backend} has no nn.split")
+            return
+        if len({linear.bias is None for linear in group}) != 1:
+            self.declined(context, op, f"{what}: some have a bias and some have none")
+            return
+        function = op.parent_op()
+        load = graph.loads.get(function.sym_name.data)
+        stores = _stores(load) if load else {}
+        parts = [names] if op.bias is None else [names, [x.bias.root_reference.data for x in group]]
+        if reason := self._unmergeable(function, stores, parts):
+            self.declined(context, op, f"{what}: {reason}")
+            return
+        merged = [_join(stores, load, part) for part in parts]
+        sizes = [last_dim(linear.result.type) for linear in group]
+        dtype = dtype_name(op.result.type)
+        product = nn.Linear.create(
+            operands=[op.x],
+            result_types=[tensor(dtype, None, sum(sizes))],
+            properties=properties({"weight": merged[0], "bias": merged[1] if len(merged) > 1 else None}),
+        )
+        split = nn.Split.create(
+            operands=[product.results[0]],
+            result_types=[linear.result.type for linear in group],
+            properties=properties({"sizes": sizes}),
+        )
+        insert_before(op, created(product), split)
+        self.applied(
+            context, op, f"{what} -> @{merged[0]}: one product of {sum(sizes)} columns for {len(group)}"
+        )
+        for linear, value in zip(group, split.results):
+            replace(linear, [value])
+
+    def _unmergeable(self, function: nn.Func, stores: dict, parts: list[list[str]]) -> str | None:
+        used: dict[str, int] = {}
+        for other in operations(only_block(function)):
+            for name in weight_names(other):
+                used[name] = used.get(name, 0) + 1
+        for name in (name for part in parts for name in part):
+            if used[name] > 1:
+                return f"@{name} is used {used[name]} times"
+            if name not in stores:
+                return f"the weights program does not store @{name}"
+            if not isinstance(stores[name].x.owner, weights.Tensor):
+                return f"@{name} is {stores[name].x.owner.name}, not a tensor of the checkpoint"
+        return None
+
+    @rewrites(nn.RmsNorm)
+    def add_rms_norm(self, op: nn.RmsNorm, graph: IRGraph, context: PassContext) -> None:
+        add = op.x.owner
+        if not isinstance(add, nn.Add) or op.heads is not None:
+            return
+        if "nn.add_rms_norm" not in context.capability.kernels:
+            self.declined(context, op, f"{context.capability.backend} has no nn.add_rms_norm")
+            return
+        fused = nn.AddRmsNorm.create(
+            operands=[add.x, add.y],
+            result_types=[add.result.type, op.result.type],
+            properties={"weight": op.weight, "eps": op.eps},
+        )
+        insert_before(add, fused)
+        self.applied(context, op, "add + rms_norm -> add_rms_norm")
+        replace(op, [fused.normed])
+        replace(add, [fused.total])
+
+    @rewrites(nn.Mul)
+    def silu_mul(self, op: nn.Mul, graph: IRGraph, context: PassContext) -> None:
+        silu = op.x.owner
+        if not isinstance(silu, nn.Silu) or len(users(silu.result)) != 1:
+            return
+        if "nn.silu_mul" not in context.capability.kernels:
+            self.declined(context, op, f"{context.capability.backend} has no nn.silu_mul")
+            return
+        split = silu.x.owner
+        halves = isinstance(silu.x, OpResult) and isinstance(split, nn.Split)
+        if not halves or tuple(split.results) != (silu.x, op.y):
+            self.declined(context, op, "gate and up are not the halves of one product")
+            return
+        fused = nn.SiluMul.create(operands=[split.x], result_types=[op.result.type])
+        insert_before(op, created(fused))
+        self.applied(context, op, "split + silu + mul -> silu_mul")
+        replace(op, [fused.result])
+        erase(silu)
+        if not any(users(result) for result in split.results):
+            erase(split)
+
+
+def _stores(load: weights.Load) -> dict[str, weights.Store]:
+    return {
+        op.weight.root_reference.data: op
+        for op in operations(only_block(load))
+        if isinstance(op, weights.Store)
+    }
+
+
+def merged_name(names: list[str]) -> str:
+    """q_proj, k_proj, v_proj -> qkv_proj; gate_proj, up_proj -> gate_up_proj."""
+    stems, _, kind = zip(*(name.rpartition("_") for name in names))
+    return f"{('' if all(len(stem) == 1 for stem in stems) else '_').join(stems)}_{kind[0]}"
+
+
+def _join(stores: dict[str, weights.Store], load: weights.Load, names: list[str]) -> str:
+    """Rewrite the weights program so that the tensors are stored as one; returns its name."""
+    parts = [stores[name].x for name in names]
+    rows = sum(part.type.get_shape()[0] for part in parts)
+    dtype = dtype_name(parts[0].type)
+    name = merged_name(names)
+    concat = weights.Concat.create(
+        operands=parts, result_types=[tensor(dtype, rows, *parts[0].type.get_shape()[1:])]
+    )
+    concat.result.name_hint = name
+    store = weights.Store.create(operands=[concat.result], properties=properties({"weight": name}))
+    last = parts[0].owner
+    for part in parts[1:]:
+        last = part.owner if precedes(last, part.owner) else last
+    insert_after(last, concat, store)
+    for part in names:
+        erase(stores[part])
+    return name

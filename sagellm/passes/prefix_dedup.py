@@ -1,0 +1,79 @@
+"""Prompts of one batch that begin alike compute the common beginning once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from sagellm.batch import Batch, Columns, Phase
+from sagellm.ir.attrs import group_type, rows_type
+from sagellm.ir.dialects import batch as b
+from sagellm.ir.edit import insert_after, users
+from sagellm.ir.graph import IRGraph
+from sagellm.passes.driver import Pass, PassContext, rewrites
+
+SHARED = "shared"
+
+
+@dataclass(frozen=True)
+class PrefixDedup(Pass):
+    """Prompts in a batch that begin alike compute the common tokens once, at any depth of branching.
+
+    decide: orders the prefills by their tokens; a row whose beginning equals its neighbour's follows it. The
+    follower takes over full KV blocks; keys and values of a block that is shared in part are written to both.
+    apply: puts `batch.share` behind the prefill group and marks the rows as shared.
+    Declines when no two prompts of the step begin with the same uncached token.
+    """
+
+    name: ClassVar[str] = "prefix-dedup"
+    graph: ClassVar[Literal["batch"]] = "batch"
+
+    def decide(self, batch: Batch) -> None:
+        c, rows = batch.columns, batch.prefill
+        c.leader[rows], c.shared[rows] = -1, 0
+        if len(rows) < 2:
+            return
+        end = c.context + c.new
+        keys = {int(r): (int(c.context[r]), c.tokens[r, : end[r]].astype(">i4").tobytes()) for r in rows}
+        order = sorted(keys, key=keys.__getitem__)
+        for before, row in pairwise(order):
+            if c.context[before] != c.context[row]:
+                continue
+            shared = common_prefix(c, before, row, int(min(end[before], end[row]))) - int(c.context[row])
+            if shared > 0:
+                c.leader[row], c.shared[row] = before, shared
+        if c.shared[rows].any():
+            batch.facts[Phase.PREFILL] = (*batch.facts.get(Phase.PREFILL, ()), SHARED)
+
+    @rewrites(b.Group)
+    def share(self, group: b.Group, graph: IRGraph, context: PassContext) -> None:
+        if group.phase.data != Phase.PREFILL.name.lower():
+            return
+        if group.facts is None or SHARED not in [fact.data for fact in group.facts.data]:
+            self.declined(context, group, "no two prompts of this step begin alike")
+            return
+        share = b.Share.create(
+            operands=[group.result], result_types=[group_type(*group.result.type.data, SHARED)]
+        )
+        group.result.replace_uses_with_if(share.result, lambda use: use.operation is not share)
+        insert_after(group, share)
+        share.result.name_hint = "shared"
+        for user in users(share.result):
+            if isinstance(user, b.Rows):
+                marked = rows_type(*user.result.type.data, SHARED)
+                rows = b.Rows.create(operands=user.operands, result_types=[marked])
+                insert_after(user, rows)
+                rows.result.name_hint = user.result.name_hint
+                user.result.replace_all_uses_with(rows.result)
+                user.detach()
+                user.erase()
+        self.applied(context, group, "common beginnings are computed once")
+
+
+def common_prefix(columns: Columns, one: int, other: int, limit: int) -> int:
+    """How many of the first `limit` tokens of two rows are equal."""
+    differ = np.flatnonzero(columns.tokens[one, :limit] != columns.tokens[other, :limit])
+    return int(differ[0]) if len(differ) else limit

@@ -1,0 +1,131 @@
+"""From a batch to the flattened token axis: the columns that kernels read. Leaf, numpy only.
+
+Decodes stand first, then the prefills' tokens, sequence after sequence. A row that shares a beginning with its
+leader starts behind it; its output row may lie in the leader's tokens when nothing is left to forward.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from attrs import frozen
+
+from sagellm.batch import Batch, Columns
+
+
+@frozen
+class Rows:
+    """T tokens, R output rows, D decodes, P prefills. Integer arrays; offsets and lengths in tokens."""
+
+    tokens: np.ndarray
+    """[T] token ids."""
+    positions: np.ndarray
+    """[T] position in the sequence."""
+    lengths: np.ndarray
+    """[T] known length of the token's sequence."""
+    slots: np.ndarray
+    """[T + E] where keys and values go: block * block_size + offset; E copies for rows that share."""
+    kv_source: np.ndarray | None
+    """[T + E] which token each slot gets its keys and values from; None when E is 0."""
+    outputs: np.ndarray
+    """[R] tokens whose logits are wanted."""
+    decode_blocks: np.ndarray
+    """[D, blocks of the longest] block table."""
+    decode_lengths: np.ndarray
+    """[D] cached tokens, this step's included."""
+    prefill_blocks: np.ndarray
+    """[P, blocks of the longest]."""
+    prefill_lengths: np.ndarray
+    """[P] cached tokens, this step's included."""
+    prefill_offsets: np.ndarray
+    """[P + 1] first token of each prefill on the token axis."""
+
+    @property
+    def forwarded(self) -> int:
+        return len(self.tokens)
+
+
+def build_rows(batch: Batch, *, shared: bool) -> Rows:
+    c, block_size = batch.columns, batch.columns.block_size
+    decode, prefill = batch.decode, batch.prefill
+    positions, sequences = c.context[decode], decode
+    outputs = np.arange(len(decode))
+    offsets, source = np.zeros(1, np.int64), None
+    extra_positions = extra_rows = np.zeros(0, np.int64)
+    working = prefill
+    if len(prefill):
+        start = c.context + (c.shared if shared else 0)
+        counts = (c.context + c.new - start)[prefill].astype(np.int64)
+        offsets = len(decode) + np.concatenate([[0], np.cumsum(counts)])
+        total = offsets[-1] - len(decode)
+        within = np.arange(total) - np.repeat(offsets[:-1] - len(decode), counts)
+        positions = np.concatenate([positions, np.repeat(start[prefill], counts) + within])
+        sequences = np.concatenate([decode, np.repeat(prefill, counts)])
+        first = np.zeros(c.capacity, np.int64)
+        first[prefill] = offsets[:-1] - start[prefill]
+        ends = batch.output_rows()[len(decode) :]
+        last = c.length[ends] - 1
+        outputs = np.concatenate([outputs, _token_of(c, ends, last, start, first)])
+        if shared:
+            extra_rows, extra_positions = _own_shared_positions(c, prefill)
+            if len(extra_rows):
+                copies = _token_of(c, extra_rows, extra_positions, start, first)
+                source = np.concatenate([np.arange(len(positions)), copies])
+        working = prefill[counts > 0]
+        offsets = np.concatenate([offsets[:-1][counts > 0], offsets[-1:]])
+    slots = _slots(c, sequences, positions)
+    if source is not None:
+        slots = np.concatenate([slots, _slots(c, extra_rows, extra_positions)])
+    decode_lengths = c.context[decode] + 1
+    prefill_lengths = (c.context + c.new)[working]
+    return Rows(
+        tokens=c.tokens[sequences, positions].astype(np.int64),
+        positions=positions.astype(np.int64),
+        lengths=c.length[sequences].astype(np.int64),
+        slots=slots,
+        kv_source=source,
+        outputs=outputs,
+        decode_blocks=c.blocks[decode, : _blocks(decode_lengths, block_size)].astype(np.int64),
+        decode_lengths=decode_lengths,
+        prefill_blocks=c.blocks[working, : _blocks(prefill_lengths, block_size)].astype(np.int64),
+        prefill_lengths=prefill_lengths,
+        prefill_offsets=offsets,
+    )
+
+
+def _blocks(lengths: np.ndarray, block_size: int) -> int:
+    return -(-int(lengths.max()) // block_size) if len(lengths) else 0
+
+
+def _slots(c: Columns, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    blocks = c.blocks[rows, positions // c.block_size].astype(np.int64)
+    return blocks * c.block_size + positions % c.block_size
+
+
+def _token_of(
+    c: Columns, rows: np.ndarray, positions: np.ndarray, start: np.ndarray, first: np.ndarray
+) -> np.ndarray:
+    """The token on the flattened axis that computes a position of a row: its own, or one of a leader up the chain."""
+    rows = rows.copy()
+    while (above := positions < start[rows]).any():
+        rows[above] = c.leader[rows[above]]
+    return first[rows] + positions
+
+
+def aliased_blocks(c: Columns, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Range [from, to) of block table entries that a sharing row takes over from its leader."""
+    start = c.context[rows] + c.shared[rows]
+    low = -(-c.context[rows] // c.block_size)
+    return low, np.maximum(low, start // c.block_size)
+
+
+def _own_shared_positions(c: Columns, prefill: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shared positions that fall into blocks of the row itself: their keys and values are written there too."""
+    followers = prefill[c.shared[prefill] > 0]
+    low, high = aliased_blocks(c, followers)
+    rows, positions = [], []
+    for row, begin, end in zip(followers, low * c.block_size, high * c.block_size):
+        context, start = c.context[row], c.context[row] + c.shared[row]
+        own = [p for p in range(context, start) if not begin <= p < end]
+        rows += [row] * len(own)
+        positions += own
+    return np.array(rows, np.int64), np.array(positions, np.int64)
