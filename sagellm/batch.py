@@ -155,7 +155,7 @@ class Columns:
         self.stages = np.zeros(capacity, np.int32)
         self.temperature = np.zeros(capacity, np.float32)
         self.top_k = np.zeros(capacity, np.int64)
-        self.top_p = np.ones(capacity, np.float32)
+        self.top_p = np.ones(capacity, np.float64)
         self.min_p = np.zeros(capacity, np.float32)
         self.repetition = np.ones(capacity, np.float32)
         self.presence = np.zeros(capacity, np.float32)

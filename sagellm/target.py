@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attrs import frozen
+from attrs import field, frozen
 
 from sagellm.errors import unknown
 
@@ -32,9 +32,9 @@ class CapabilityDescriptor:
     kv_dtypes: tuple[str, ...]
     block_sizes: tuple[int, ...]
     """Tokens per KV block, preferred first."""
-    linear_layouts: dict[str, str] = {}
+    linear_layouts: dict[str, str] = field(factory=dict)
     """Weight layout that the backend's linear wants, by dtype; none means plain [out, in]."""
-    figures: dict[str, Figure] = {}
+    figures: dict[str, Figure] = field(factory=dict)
 
     def check_dtype(self, dtype: str) -> None:
         if dtype not in self.dtypes:

@@ -43,8 +43,11 @@ class PrefixDedup(Pass):
             if c.context[before] != c.context[row]:
                 continue
             shared = common_prefix(c, before, row, int(min(end[before], end[row]))) - int(c.context[row])
-            if shared > 0:
-                c.leader[row], c.shared[row] = before, shared
+            if shared <= 0:
+                continue
+            while c.leader[before] >= 0 and c.shared[before] >= shared:
+                before = int(c.leader[before])
+            c.leader[row], c.shared[row] = before, shared
         if c.shared[rows].any():
             batch.facts[Phase.PREFILL] = (*batch.facts.get(Phase.PREFILL, ()), SHARED)
 

@@ -1,0 +1,36 @@
+"""The contract of a backend: what it can do, what it emits, and how its columns and cache look on the device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from sagellm.backends.plan import Program
+from sagellm.ir.graph import IRGraph
+from sagellm.rows import Rows
+from sagellm.target import CapabilityDescriptor
+
+
+class Backend(ABC):
+    """One vendor. Made without touching the device; `capability` may probe it, lazily."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def capability(self) -> CapabilityDescriptor:
+        """What the backend can do here."""
+
+    @abstractmethod
+    def emit(self, graph: IRGraph, name: str) -> Program:
+        """Model graph, sampler and weights program as Python source."""
+
+    @abstractmethod
+    def make_cache(
+        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: str
+    ) -> list:
+        """The KV cache of each layer, in the layout of this backend's kernels. Block 0 is padding."""
+
+    @abstractmethod
+    def upload(self, rows: Rows, block_size: int) -> Any:
+        """The step's columns as the emitted code reads them."""

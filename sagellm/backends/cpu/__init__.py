@@ -1,0 +1,44 @@
+"""The embedded default: any CPU, through stock torch."""
+
+from __future__ import annotations
+
+import torch
+
+from sagellm.backends.base import Backend
+from sagellm.backends.cpu.codegen import HEADER, KERNELS, LOADS
+from sagellm.backends.cpu.kernels import CpuRows
+from sagellm.backends.emit import emit_program
+from sagellm.backends.plan import Program
+from sagellm.ir.graph import IRGraph
+from sagellm.rows import Rows
+from sagellm.target import CapabilityDescriptor
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+
+    @property
+    def capability(self) -> CapabilityDescriptor:
+        packed = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        return CapabilityDescriptor(
+            backend=self.name,
+            device="cpu",
+            dtypes=("bfloat16", "float32", "float16"),
+            kernels=frozenset(KERNELS),
+            kv_dtypes=("bfloat16", "float32", "float16"),
+            block_sizes=(16, 32, 64, 128),
+            linear_layouts={"bfloat16": "onednn", "float32": "onednn"} if packed else {},
+        )
+
+    def emit(self, graph: IRGraph, name: str) -> Program:
+        return emit_program(graph, KERNELS, LOADS, HEADER.format(name=name), name)
+
+    def make_cache(
+        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: str
+    ) -> list:
+        shape = (blocks, block_size, kv_heads, head_dim)
+        kind = getattr(torch, dtype)
+        return [(torch.zeros(shape, dtype=kind), torch.zeros(shape, dtype=kind)) for _ in range(layers)]
+
+    def upload(self, rows: Rows, block_size: int) -> CpuRows:
+        return CpuRows(rows, block_size)

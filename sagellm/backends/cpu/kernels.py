@@ -1,0 +1,163 @@
+"""The CPU's kernels in stock torch. T tokens, H heads, G query heads a KV head, D head size, L cached tokens.
+
+KV cache of a layer: (keys, values), each [blocks, block size, KV heads, D]. Numbers that led here are in
+docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[..., N] normalised over N in float32."""
+    if x.dtype is torch.float32:
+        return torch.rms_norm(x, weight.shape, weight, eps)
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps))).to(x.dtype).mul_(weight)
+
+
+def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[T, H * D], each head normalised over D."""
+    return rms_norm(x.unflatten(-1, (-1, weight.shape[0])), weight, eps).flatten(-2)
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + y
+    return total, rms_norm(total, weight, eps)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """[T, 2 N] -> [T, N]"""
+    gate, up = x.chunk(2, -1)
+    return silu(gate).mul_(up)
+
+
+def rope(q: Tensor, k: Tensor, angles: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Rotate halves of every head; angles [T, D] are cos then sin."""
+    cos, sin = angles.to(q.dtype).unsqueeze(1).chunk(2, -1)
+    return _rotate(q, cos, sin, head_dim), _rotate(k, cos, sin, head_dim)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
+    heads = x.unflatten(-1, (-1, head_dim))
+    low, high = heads.chunk(2, -1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).flatten(-2)
+
+
+def kv_write(kv: tuple[Tensor, Tensor], k: Tensor, v: Tensor, rows) -> None:
+    """Write [T, KV heads * D] to the rows' slots; tokens that several sequences share go to several slots."""
+    if rows.kv_source is not None:
+        k, v = k[rows.kv_source], v[rows.kv_source]
+    keys, values = kv
+    width = keys.shape[2] * keys.shape[3]
+    keys.view(-1, width).index_copy_(0, rows.slots, k)
+    values.view(-1, width).index_copy_(0, rows.slots, v)
+
+
+def decode_attention(
+    q: Tensor, kv: tuple[Tensor, Tensor], rows, scale: float, window: int | None = None
+) -> Tensor:
+    """One query a sequence, [D, H * D]: the query heads of a KV head are rows of one product."""
+    keys, values = kv
+    kv_heads, head_dim = keys.shape[2], keys.shape[3]
+    count = rows.decode_count
+    q = q.view(count, kv_heads, -1, head_dim)
+    k = keys.index_select(0, rows.decode_blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
+    v = values.index_select(0, rows.decode_blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
+    mask = None
+    if count == 1:
+        first = 0 if window is None else max(0, rows.longest - window)
+        k, v = k[:, :, first : rows.longest], v[:, :, first : rows.longest]
+    else:
+        mask = rows.decode_mask(window, q.dtype)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(count, -1)
+
+
+def prefill_attention(
+    q: Tensor, kv: tuple[Tensor, Tensor], rows, scale: float, window: int | None = None
+) -> Tensor:
+    """Many queries a sequence, [T, H * D], one product per sequence over its own blocks."""
+    keys, values = kv
+    kv_heads, head_dim = keys.shape[2], keys.shape[3]
+    out = torch.empty_like(q)
+    base = rows.decode_count
+    for first, end, length, blocks, causal in rows.prefills:
+        some = q[first - base : end - base].view(end - first, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        group = some.shape[1]
+        k = keys.index_select(0, blocks).view(-1, kv_heads, head_dim)[:length].transpose(0, 1)
+        v = values.index_select(0, blocks).view(-1, kv_heads, head_dim)[:length].transpose(0, 1)
+        k = k.unsqueeze(1).expand(-1, group, -1, -1)
+        v = v.unsqueeze(1).expand(-1, group, -1, -1)
+        whole = causal and (window is None or window >= length)
+        mask = None if whole else _window_mask(end - first, length, window)
+        done = scaled_dot_product_attention(some, k, v, attn_mask=mask, is_causal=whole, scale=scale)
+        out[first - base : end - base] = done.permute(2, 0, 1, 3).reshape(end - first, -1)
+    return out
+
+
+def mixed_attention(
+    q: Tensor, kv: tuple[Tensor, Tensor], rows, scale: float, window: int | None = None
+) -> Tensor:
+    """Decodes first on the token axis, then prefills."""
+    count = rows.decode_count
+    return torch.cat([
+        decode_attention(q[:count], kv, rows, scale, window),
+        prefill_attention(q[count:], kv, rows, scale, window),
+    ])  # fmt: skip
+
+
+def _window_mask(queries: int, length: int, window: int | None) -> Tensor:
+    """[queries, length], true where the key is visible: the last query sees the last key."""
+    at = torch.arange(length - queries, length)[:, None]
+    key = torch.arange(length)[None]
+    visible = key <= at
+    return visible if window is None else visible & (key > at - window)
+
+
+def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def pack_onednn(weight: Tensor) -> Tensor:
+    """[out, in] reordered for oneDNN's blocked matrix product; opaque to everything but `linear_onednn`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
+class CpuRows:
+    """The step's columns as tensors that share memory with the numpy arrays they come from."""
+
+    def __init__(self, rows, block_size: int):
+        self.tokens = torch.from_numpy(rows.tokens)
+        self.positions = torch.from_numpy(rows.positions)
+        self.lengths = torch.from_numpy(rows.lengths)
+        self.slots = torch.from_numpy(rows.slots)
+        self.kv_source = None if rows.kv_source is None else torch.from_numpy(rows.kv_source)
+        self.outputs = torch.from_numpy(rows.outputs)
+        self.decode_count = len(rows.decode_lengths)
+        self.decode_blocks = torch.from_numpy(rows.decode_blocks.reshape(-1))
+        self._decode_lengths = rows.decode_lengths
+        self._width = rows.decode_blocks.shape[1] * block_size
+        self.longest = int(rows.decode_lengths.max()) if self.decode_count else 0
+        self.prefills = []
+        offsets = rows.prefill_offsets.tolist()
+        for i, length in enumerate(rows.prefill_lengths.tolist()):
+            first, end = offsets[i], offsets[i + 1]
+            blocks = torch.from_numpy(rows.prefill_blocks[i, : -(-length // block_size)])
+            self.prefills.append((first, end, length, blocks, end - first == length))
+        self._masks: dict = {}
+
+    def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[D, 1, 1, width]: 0 where a cached token is visible, -inf where not; made once a step."""
+        mask = self._masks.get(window)
+        if mask is None:
+            at = torch.arange(self._width)
+            lengths = torch.from_numpy(self._decode_lengths).view(-1, 1)
+            hidden = at >= lengths
+            if window is not None:
+                hidden |= at < lengths - window
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
+            self._masks[window] = mask
+        return mask

@@ -1,0 +1,1 @@
+"""Executes plans and knows no xDSL."""

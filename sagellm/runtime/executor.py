@@ -1,0 +1,165 @@
+"""Executes a step's plan: its calls, bound to the host functions below. It never sees a graph.
+
+Weights, cache and the compiled model functions come from outside; the executor changes the columns only in
+`batch.commit`, the pool only in `kv.allocate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import define, evolve, field, frozen
+
+from sagellm import random
+from sagellm.backends import sampling
+from sagellm.backends.base import Backend
+from sagellm.backends.plan import ExecutionPlan
+from sagellm.batch import Batch, Columns, Phase
+from sagellm.rows import build_rows
+from sagellm.runtime.pool import BlockPool
+
+
+@frozen
+class GroupRef:
+    """The value of `batch.group`: a phase of the batch, and whether beginnings are shared."""
+
+    phase: Phase
+    shared: bool = False
+
+
+@define
+class StepOutcome:
+    """What a step did: one entry per sequence that got a token."""
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    forwarded: int
+    """Tokens that went through the model."""
+    logits: torch.Tensor
+    """[R, V] float32, before sampling."""
+
+    def logprobs(self, index: int, top: int) -> tuple[float, list[tuple[int, float]]]:
+        """Logprob of the chosen token of output row `index`, and the `top` likeliest."""
+        row = self.logits[index : index + 1]
+        chosen, ids, values = sampling.logprobs(row, torch.tensor([int(self.tokens[index])]), top)
+        return float(chosen[0]), list(zip(ids[0].tolist(), values[0].tolist()))
+
+
+Functions = Callable[[str, tuple[str, ...]], Callable]
+"""(`model` or `sample`, row kinds or stages) -> the compiled function."""
+
+
+@define
+class Executor:
+    backend: Backend
+    columns: Columns
+    pool: BlockPool
+    cache: list
+    weights: Any
+    functions: Functions
+    _batch: Batch | None = None
+    _forwarded: int = 0
+    _outcome: StepOutcome | None = None
+    _bound: dict[int, tuple[ExecutionPlan, list]] = field(factory=dict)
+
+    def run(self, plan: ExecutionPlan, batch: Batch) -> StepOutcome:
+        """One step. On an exception the sequences are as before; blocks they got stay theirs."""
+        self._batch = batch
+        slots: list[Any] = [None] * plan.slots
+        with torch.inference_mode():
+            for function, inputs, output, static in self._bind(plan):
+                value = function(self, *[slots[i] for i in inputs], **static)
+                if output is not None:
+                    slots[output] = value
+        outcome, self._outcome, self._batch = self._outcome, None, None
+        assert outcome is not None
+        return outcome
+
+    def _bind(self, plan: ExecutionPlan) -> list:
+        found = self._bound.get(id(plan))
+        if found is None:
+            calls = [
+                (HOST[call.op], call.inputs, call.outputs[0] if call.outputs else None, dict(call.static))
+                for call in plan.calls
+            ]
+            found = self._bound[id(plan)] = (plan, calls)
+        return found[1]
+
+    # host functions, by the name of their operation
+
+    def group(self, phase: str) -> GroupRef:
+        return GroupRef(Phase[phase.upper()])
+
+    def share(self, group: GroupRef) -> GroupRef:
+        return evolve(group, shared=True)
+
+    def allocate(self, *groups: GroupRef) -> None:
+        for group in groups:
+            extend = self.pool.extend_shared if group.shared else self.pool.extend
+            extend(self.columns, self._batch.rows(group.phase))
+
+    def rows(self, *arguments: GroupRef | None) -> Any:
+        shared = any(group is not None and group.shared for group in arguments)
+        rows = build_rows(self._batch, shared=shared)
+        self._forwarded = rows.forwarded
+        return self.backend.upload(rows, self.columns.block_size)
+
+    def sampling(self, *groups: GroupRef) -> SimpleNamespace | None:
+        c, rows = self.columns, self._batch.output_rows()
+        if not c.stages[rows].any():
+            return None
+        columns = (
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition",
+            "presence",
+            "frequency",
+            "prompt",
+            "length",
+        )
+        how = {name: torch.from_numpy(getattr(c, name)[rows]) for name in columns}
+        longest = int(c.length[rows].max()) if len(rows) else 0
+        uniform = random.uniform(c.seed[rows], c.length[rows].astype(np.int64), c.sample[rows])
+        return SimpleNamespace(
+            tokens=torch.from_numpy(c.tokens[rows, :longest].astype(np.int64)),
+            uniform=torch.from_numpy(uniform),
+            greedy=how["temperature"] == 0,
+            **how,
+        )
+
+    def forward(self, rows: Any, model: str, kinds: tuple[str, ...]) -> torch.Tensor:
+        return self.functions(model, kinds)(self.weights, self.cache, rows)
+
+    def sample(
+        self, logits: torch.Tensor, how: SimpleNamespace | None, sampler: str, stages: tuple[str, ...]
+    ):
+        return logits, self.functions(sampler, stages)(logits, how)
+
+    def commit(self, sampled: tuple[torch.Tensor, torch.Tensor], *groups: GroupRef) -> None:
+        c, batch = self.columns, self._batch
+        logits, tokens = sampled
+        chosen, rows = tokens.numpy(), batch.output_rows()
+        for group in groups:
+            members = batch.rows(group.phase)
+            c.context[members] += c.new[members]
+        c.tokens[rows, c.length[rows]] = chosen
+        c.length[rows] += 1
+        self._outcome = StepOutcome(rows, chosen, self._forwarded, logits)
+
+
+HOST: dict[str, Callable] = {
+    "batch.group": Executor.group,
+    "batch.share": Executor.share,
+    "kv.allocate": Executor.allocate,
+    "batch.rows": Executor.rows,
+    "batch.sampling": Executor.sampling,
+    "batch.forward": Executor.forward,
+    "batch.sample": Executor.sample,
+    "batch.commit": Executor.commit,
+}

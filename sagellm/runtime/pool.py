@@ -1,0 +1,80 @@
+"""Which KV blocks are free, and who holds the others."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sagellm.batch import Columns
+from sagellm.rows import aliased_blocks
+
+
+class BlockPool:
+    """Reference counts over `count` blocks; block 0 is padding and never handed out."""
+
+    def __init__(self, count: int):
+        self.references = np.zeros(count, np.int32)
+        self.references[0] = 1
+        self._free = np.arange(count - 1, 0, -1, dtype=np.int32)
+        self._top = count - 1
+
+    @property
+    def free(self) -> int:
+        return self._top
+
+    @property
+    def used(self) -> int:
+        return len(self.references) - 1 - self._top
+
+    def take(self, count: int) -> np.ndarray:
+        """This many free blocks, each held once."""
+        if count > self._top:
+            raise MemoryError(f"{count} KV blocks wanted, {self._top} of {len(self.references) - 1} are free")
+        self._top -= count
+        blocks = self._free[self._top : self._top + count].copy()
+        self.references[blocks] = 1
+        return blocks
+
+    def hold(self, blocks: np.ndarray) -> None:
+        np.add.at(self.references, blocks, 1)
+
+    def release(self, blocks: np.ndarray) -> None:
+        np.subtract.at(self.references, blocks, 1)
+        back = np.unique(blocks[self.references[blocks] == 0])
+        self._free[self._top : self._top + len(back)] = back
+        self._top += len(back)
+
+    def extend(self, columns: Columns, rows: np.ndarray) -> None:
+        """Give each row the blocks that its new tokens need."""
+        c = columns
+        needed = -(-(c.context[rows] + c.new[rows]) // c.block_size)
+        wanted = needed - c.owned[rows]
+        growing = wanted > 0
+        if not growing.any():
+            return
+        rows, needed, wanted = rows[growing], needed[growing], wanted[growing]
+        blocks = self.take(int(wanted.sum()))
+        sequences = np.repeat(rows, wanted)
+        within = np.arange(len(blocks)) - np.repeat(np.cumsum(wanted) - wanted, wanted)
+        c.blocks[sequences, c.owned[sequences] + within] = blocks
+        c.owned[rows] = needed
+
+    def extend_shared(self, columns: Columns, rows: np.ndarray) -> None:
+        """As `extend`, for rows of which some follow a leader: they take over its full blocks, leaders first."""
+        c, waiting = columns, dict.fromkeys(rows.tolist())
+        low, high = aliased_blocks(c, rows)
+        aliased = dict(zip(rows.tolist(), zip(low.tolist(), high.tolist())))
+
+        def place(row: int) -> None:
+            waiting.pop(row)
+            leader = int(c.leader[row])
+            if leader in waiting:
+                place(leader)
+            low, high = aliased[row]
+            if leader >= 0 and high > low:
+                c.blocks[row, low:high] = c.blocks[leader, low:high]
+                self.hold(c.blocks[row, low:high])
+                c.owned[row] = high
+            self.extend(c, np.array([row]))
+
+        while waiting:
+            place(next(iter(waiting)))

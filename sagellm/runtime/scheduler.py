@@ -1,0 +1,91 @@
+"""Who runs in the next step: first come, first served, under a token budget and with room reserved to the end."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from sagellm.batch import Batch, Columns, Request
+from sagellm.errors import UserError
+from sagellm.runtime.pool import BlockPool
+
+
+class Scheduler:
+    """Owns the columns' rows. A request is admitted once all blocks that it can ever need are set aside."""
+
+    def __init__(self, columns: Columns, pool: BlockPool, max_batched_tokens: int):
+        self.columns, self.pool, self.budget = columns, pool, max_batched_tokens
+        self.waiting: deque[tuple[Request, int]] = deque()
+        self.requests: dict[int, Request] = {}
+        self._free = list(range(columns.capacity - 1, -1, -1))
+        self._reserved = np.zeros(columns.capacity, np.int64)
+        self._running = np.zeros(0, np.int64)
+
+    def submit(self, request: Request, seed: int) -> None:
+        """Queue a request, or refuse one that can never run."""
+        c = self.columns
+        if not request.prompt:
+            raise UserError("the prompt is empty; accepted: at least one token")
+        if len(request.prompt) >= c.max_length:
+            raise UserError(
+                f"the prompt has {len(request.prompt)} tokens; accepted: at most {c.max_length - 1}, "
+                f"as the context is {c.max_length}"
+            )
+        if self._blocks(request) > len(self.pool.references) - 1:
+            raise UserError(
+                f"prompt and max_tokens need {self._blocks(request)} KV blocks; "
+                f"accepted: at most {len(self.pool.references) - 1}"
+            )
+        self.waiting.append((request, seed))
+
+    def limit(self, request: Request) -> int:
+        """Tokens of prompt and output at which the sequence ends."""
+        return min(len(request.prompt) + request.sampling.max_tokens, self.columns.max_length)
+
+    def _blocks(self, request: Request) -> int:
+        return -(-self.limit(request) // self.columns.block_size)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.requests)
+
+    def schedule(self) -> Batch:
+        """Admit what fits, then give every running sequence its part of the token budget, decodes first."""
+        self._admit()
+        c, rows = self.columns, self._running
+        left = c.length[rows] - c.context[rows]
+        decoding = (left == 1) & (c.length[rows] > c.prompt[rows])
+        decode, prefill = rows[decoding], rows[~decoding]
+        c.new[decode] = 1
+        if not len(prefill):
+            return Batch(c, decode, prefill)
+        room = max(1, self.budget - len(decode))
+        start = np.concatenate([[0], np.cumsum(left[~decoding])[:-1]])
+        chunk = np.clip(room - start, 0, left[~decoding])
+        prefill, chunk = prefill[chunk > 0], chunk[chunk > 0]
+        c.new[prefill] = chunk
+        return Batch(c, decode, prefill)
+
+    def _admit(self) -> None:
+        while self.waiting and self._free:
+            request, seed = self.waiting[0]
+            blocks = self._blocks(request)
+            if self._reserved.sum() + blocks > len(self.pool.references) - 1:
+                return
+            self.waiting.popleft()
+            row = self._free.pop()
+            self._reserved[row] = blocks
+            self.columns.fill(row, request, seed)
+            self.requests[row] = request
+            self._running = np.append(self._running, row)
+
+    def finish(self, row: int) -> None:
+        """The sequence ends: its row and blocks are free for others."""
+        c = self.columns
+        self.pool.release(c.blocks[row, : c.owned[row]])
+        c.owned[row] = c.length[row] = c.context[row] = 0
+        self._reserved[row] = 0
+        self._running = self._running[self._running != row]
+        del self.requests[row]
+        self._free.append(row)
