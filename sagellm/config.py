@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from attrs import field, frozen
 
@@ -63,6 +64,8 @@ class EngineConfig:
     """Part of the free memory that the KV cache may take."""
     seed: int = 0
     """Seed of requests that bring none."""
+    record: Path | None = None
+    """Folder where every step is written, to be run again by `sagellm replay`; None writes nothing."""
     verify: str = "weak"
     """Checks on a graph that is compiled: off, weak or full."""
 

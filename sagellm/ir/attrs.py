@@ -29,6 +29,7 @@ from xdsl.ir import Attribute, Data, TypeAttribute
 from xdsl.irdl import irdl_attr_definition
 from xdsl.parser import AttrParser
 from xdsl.printer import Printer
+from xdsl.utils.exceptions import VerifyException
 
 from sagellm.errors import UserError
 
@@ -81,6 +82,8 @@ def dtype_name(type_: Attribute) -> str:
 
 def last_dim(type_: Attribute) -> int:
     assert isinstance(type_, TensorType)
+    if not type_.get_shape():
+        raise VerifyException("wants a tensor with dimensions")
     return type_.get_shape()[-1]
 
 
@@ -200,6 +203,9 @@ class TableAttr(Data[Table]):
                     AttrParser.Delimiter.BRACES, lambda: cls._parse_cell(parser)
                 ):
                     columns.setdefault(name, []).append(value)
+        for name, values in columns.items():
+            if len(values) != rows:
+                parser.raise_error(f"a table of {rows} rows has {len(values)} values of {name}")
         table = Table(
             rows, {name: np.array(values) for name, values in columns.items()} if expanded else None
         )

@@ -5,22 +5,21 @@ from __future__ import annotations
 from functools import cache
 
 from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
-from xdsl.ir import BlockArgument, Operation
+from xdsl.ir import Block, BlockArgument, Operation
 from xdsl.irdl import VarOperandDef
 from xdsl.utils.exceptions import VerifyException
 
 from sagellm.errors import UserError
 from sagellm.ir.dialects import batch, nn, weights
 from sagellm.ir.edit import only_block, operations
-from sagellm.ir.syntax import SageOp
 
 
 def verify(module: ModuleOp, level: str = "full") -> None:
     """Raise `UserError` naming the first operation that is wrong. Levels: `off`, `weak`, `full`."""
     if level == "off":
         return
-    for function in module.body.blocks[0].ops:
-        if not isinstance(function, SageOp):
+    for function in _body(module).ops:
+        if not isinstance(function, (batch.Step, nn.Func, weights.Load)):
             raise UserError(
                 f"{function.name} at the top of a module; accepted: batch.step, nn.func, weights.load"
             )
@@ -30,8 +29,24 @@ def verify(module: ModuleOp, level: str = "full") -> None:
     try:
         module.verify()
     except VerifyException as error:
-        raise UserError(f"the graph does not verify: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{_culprit(module)}: {' '.join(str(error).split())}") from error
     _verify_symbols(module)
+
+
+def _body(op: Operation) -> Block:
+    if len(op.regions) != 1 or len(op.regions[0].blocks) != 1:
+        raise UserError(f"{op.name}: wants one region with one block, which is not empty")
+    return only_block(op)
+
+
+def _culprit(module: ModuleOp) -> str:
+    """The operation that does not verify, of a module that does not."""
+    for op in module.walk():
+        try:
+            op.verify(verify_nested_ops=False)
+        except VerifyException:
+            return describe(op)
+    return module.name
 
 
 @cache
@@ -45,7 +60,7 @@ def _shape(kind: type[Operation]) -> tuple[int, bool, frozenset[str]]:
 
 
 def _verify_block(function: Operation) -> None:
-    block = only_block(function)
+    block = _body(function)
     defined = {id(argument) for argument in block.args}
     for op in operations(block):
         wanted, variadic, required = _shape(type(op))

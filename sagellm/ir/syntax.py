@@ -12,7 +12,7 @@ import re
 from typing import ClassVar
 
 from xdsl.dialects.builtin import ArrayAttr, FloatAttr, IntegerAttr, StringAttr, SymbolRefAttr, UnitAttr
-from xdsl.ir import Attribute
+from xdsl.ir import Attribute, SSAValue
 from xdsl.irdl import IRDLOperation
 from xdsl.parser import Parser
 from xdsl.printer import Printer
@@ -64,7 +64,7 @@ class SageOp(IRDLOperation):
     def parse(cls, parser: Parser) -> SageOp:
         operands, properties = [], {}
         symbols = iter(cls.SYMBOLS)
-        while (item := parser.parse_optional_operand() or parser.parse_optional_symbol_name()) is not None:
+        while (item := _operand(parser) or parser.parse_optional_symbol_name()) is not None:
             if isinstance(item, StringAttr):
                 name = next(symbols, None)
                 if name is None:
@@ -78,7 +78,7 @@ class SageOp(IRDLOperation):
             parser.raise_error(f"{cls.name} wants the symbol of its {missing}, such as @name")
         if parser.parse_optional_punctuation("{") is not None:
             while parser.parse_optional_punctuation("}") is None:
-                name = parser.parse_identifier("a property's name")
+                name = parser.parse_identifier(" as a property's name")
                 given = parser.parse_optional_punctuation("=")
                 properties[name] = FLAG if given is None else _parse_value(parser)
                 parser.parse_optional_punctuation(",")
@@ -100,6 +100,17 @@ class SageOp(IRDLOperation):
             attributes=attributes.data if attributes else {},
             regions=regions,
         )
+
+
+def _operand(parser: Parser) -> SSAValue | None:
+    """A value that is defined already: its type is not repeated."""
+    named = parser.parse_optional_unresolved_operand()
+    if named is None:
+        return None
+    values = parser.ssa_values.get(named.operand_name, ())
+    if named.index >= len(values):
+        parser.raise_error(f"%{named.operand_name} is used before it is defined", named.span)
+    return values[named.index]
 
 
 def _print_property(printer: Printer, name: str, value: Attribute) -> None:

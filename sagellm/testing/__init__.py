@@ -1,1 +1,1 @@
-"""For authors of passes and backends: FileCheck tests that run in process (see `plugin`)."""
+"""For authors of passes and backends: checks against the reference meaning, and a reference lowering."""

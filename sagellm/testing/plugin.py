@@ -93,7 +93,9 @@ def run(line: str, path: Path) -> None:
         elif name == "filecheck":
             code, shown = _filecheck(arguments, piped)
         else:
-            raise RunFailed(f"unknown command {name!r}; accepted: sagellm, filecheck, each after an optional 'not'")
+            raise RunFailed(
+                f"unknown command {name!r}; accepted: sagellm, filecheck, each after an optional 'not'"
+            )
         if (code != 0) != fails:
             what = "succeeded, but should fail" if fails else f"failed with exit status {code}"
             raise RunFailed(f"`{shlex.join(words)}` {what}\n{shown}".rstrip())

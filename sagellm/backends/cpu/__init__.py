@@ -9,6 +9,7 @@ from sagellm.backends.cpu.codegen import HEADER, KERNELS, LOADS
 from sagellm.backends.cpu.kernels import CpuRows
 from sagellm.backends.emit import emit_program
 from sagellm.backends.plan import Program
+from sagellm.config import KVCacheSchema
 from sagellm.ir.graph import IRGraph
 from sagellm.rows import Rows
 from sagellm.target import CapabilityDescriptor
@@ -33,12 +34,12 @@ class CpuBackend(Backend):
     def emit(self, graph: IRGraph, name: str) -> Program:
         return emit_program(graph, KERNELS, LOADS, HEADER.format(name=name), name)
 
-    def make_cache(
-        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: str
-    ) -> list:
-        shape = (blocks, block_size, kv_heads, head_dim)
-        kind = getattr(torch, dtype)
-        return [(torch.zeros(shape, dtype=kind), torch.zeros(shape, dtype=kind)) for _ in range(layers)]
+    def make_cache(self, schema: KVCacheSchema, blocks: int) -> list:
+        shape = (blocks, schema.block_size, schema.num_kv_heads, schema.head_dim)
+        kind = getattr(torch, schema.dtype)
+        return [
+            (torch.zeros(shape, dtype=kind), torch.zeros(shape, dtype=kind)) for _ in range(schema.num_layers)
+        ]
 
     def upload(self, rows: Rows, block_size: int) -> CpuRows:
         return CpuRows(rows, block_size)

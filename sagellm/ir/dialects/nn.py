@@ -160,7 +160,7 @@ class Split(SageOp):
     """Cut the last dimension into pieces of the given `sizes`."""
 
     name = "nn.split"
-    sizes = prop_def(ArrayAttr)
+    sizes = prop_def(ArrayAttr[IntegerAttr])
     x = operand_def(TensorType)
     outputs = var_result_def(TensorType)
 

@@ -1,0 +1,105 @@
+"""Options that several commands share, and how prompts are read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+
+import click
+from attrs import fields_dict
+
+from sagellm.batch import SamplingParams
+from sagellm.errors import UserError
+
+MODEL = (
+    click.option("--model", "-m", default="builtin", show_default=True, help="Folder, hub name, or builtin."),
+    click.option(
+        "--target", "--device", "target", default="cpu", show_default=True, help="Backend to compile for."
+    ),
+    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
+    click.option("--pipeline", "-p", default=None, help="Passes, as name,name{option=value}; '' for none."),
+    click.option("--block-size", type=int, default=16, show_default=True, help="Tokens per KV block."),
+    click.option(
+        "--max-batched-tokens", type=int, default=2048, show_default=True, help="Tokens of one step."
+    ),
+    click.option(
+        "--max-length", type=int, default=None, help="Longest sequence; default: the model's context."
+    ),
+)
+MODEL_NAMES = ("model", "target", "dtype", "pipeline", "block_size", "max_batched_tokens", "max_length")
+
+SAMPLING = (
+    click.option("--max-tokens", "-n", type=int, default=128, show_default=True, help="Tokens to generate."),
+    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-k", type=int, default=0, help="Keep the k likeliest tokens; 0 keeps all."),
+    click.option(
+        "--top-p", type=float, default=1.0, help="Keep the likeliest tokens up to this probability."
+    ),
+    click.option("--min-p", type=float, default=0.0, help="Keep tokens of this part of the likeliest one's."),
+    click.option("--repetition-penalty", type=float, default=1.0),
+    click.option("--presence-penalty", type=float, default=0.0),
+    click.option("--frequency-penalty", type=float, default=0.0),
+    click.option("--seed", type=int, default=None, help="The same seed draws the same tokens."),
+    click.option("--stop", multiple=True, help="Text at which the output ends; may be given often."),
+    click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True),
+    click.option("--ignore-eos", is_flag=True, help="Go on behind an end token."),
+    click.option(
+        "--logprobs", type=int, default=None, help="Also the logprobs of this many likeliest tokens."
+    ),
+)
+SAMPLING_NAMES = tuple(fields_dict(SamplingParams))
+
+
+def options(*some: Callable) -> Callable:
+    return lambda function: reduce(lambda f, option: option(f), reversed(some), function)
+
+
+def take(values: dict, names: tuple[str, ...]) -> dict:
+    """Remove these options from what click gave, and return them."""
+    return {name: values.pop(name) for name in names}
+
+
+def read_lines(file: str) -> list[str]:
+    """Prompts of a file, one a line; `-` is standard input. Empty lines are no prompts."""
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read prompts from {file!r}: {error}") from error
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"{file!r} holds no prompt; accepted: one prompt a line")
+    return prompts
+
+
+def read_requests(file: str) -> list[tuple[str | list[int], SamplingParams]]:
+    """Requests of a JSON file: a list of {"prompt": text or token ids, and sampling parameters}."""
+    try:
+        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read requests from {file!r}: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise UserError(
+            f"{file!r} holds {type(entries).__name__}; accepted: a list of requests that is not empty"
+        )
+    requests = []
+    for number, entry in enumerate(entries):
+        where = f"request {number} of {file!r}"
+        if not isinstance(entry, dict) or "prompt" not in entry:
+            raise UserError(f"{where} has no prompt; accepted: an object with prompt and sampling parameters")
+        how = {name: value for name, value in entry.items() if name != "prompt"}
+        if unknown_names := set(how) - set(SAMPLING_NAMES):
+            raise UserError(
+                f"{where}: unknown {sorted(unknown_names)[0]!r}; accepted: {', '.join(SAMPLING_NAMES)}"
+            )
+        prompt = entry["prompt"]
+        ids = isinstance(prompt, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt)
+        if not isinstance(prompt, str) and not ids:
+            raise UserError(f"{where}: prompt is {prompt!r}; accepted: text or a list of token ids")
+        try:
+            requests.append((prompt, SamplingParams(**how)))
+        except (UserError, TypeError) as error:
+            raise UserError(f"{where}: {error}") from error
+    return requests

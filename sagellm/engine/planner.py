@@ -1,0 +1,83 @@
+"""What needs no weights: model configuration, compiler, columns, pool and scheduler, up to a step's plan.
+
+`EngineCore` adds weights and execution; `sagellm compile` needs only this.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sagellm import backends, passes
+from sagellm.backends.base import Backend
+from sagellm.batch import Batch, Columns, Request
+from sagellm.compiler import Compiler
+from sagellm.config import EngineConfig, KVCacheSchema
+from sagellm.errors import UserError
+from sagellm.models.config import load_config
+from sagellm.models.hub import resolve
+from sagellm.runtime.pool import BlockPool
+from sagellm.runtime.scheduler import Scheduler
+
+
+class Planner:
+    """Stages admit, decide and lower of a step."""
+
+    def __init__(self, config: EngineConfig):
+        self.config = config
+        self.pipeline = passes.pipeline(config.pipeline)
+        self.backend: Backend = backends.load(config.target)
+        self.folder: Path = resolve(config.model)
+        self.model = load_config(self.folder, config.model)
+        self.dtype = self.model.dtype if config.dtype == "auto" else config.dtype
+        self.backend.capability.check_dtype(self.dtype)
+        self.kv_schema = KVCacheSchema(
+            dtype=self.dtype,
+            block_size=config.block_size,
+            num_layers=self.model.num_layers,
+            num_kv_heads=self.model.num_kv_heads,
+            head_dim=self.model.head_dim,
+        )
+        self.compiler = Compiler(self.model, self.backend, self.pipeline, self.dtype, config.verify)
+        self.columns = Columns(config.max_sequences, self._max_length(), config.block_size)
+        self.pool = BlockPool(self._block_count())
+        self.scheduler = Scheduler(self.columns, self.pool, config.max_batched_tokens)
+
+    def _max_length(self) -> int:
+        asked, limit = self.config.max_length, self.model.max_positions
+        if asked is not None and asked > limit:
+            raise UserError(f"max_length is {asked}; accepted: at most {limit}, the model's context")
+        return asked or limit
+
+    def _block_count(self) -> int:
+        """Blocks for every sequence at full length, or what the memory share holds, and one of padding."""
+        wanted = self.config.max_sequences * self.columns.max_blocks
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        share = int(free * self.config.kv_memory_fraction)
+        count = min(wanted, share // self.kv_schema.bytes_per_block)
+        if count < 1:
+            raise UserError(
+                f"kv_memory_fraction {self.config.kv_memory_fraction} of {free >> 20} MiB free memory holds no KV "
+                f"block of {self.kv_schema.bytes_per_block} bytes; accepted: a larger part or a smaller model"
+            )
+        return count + 1
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; one that can never run is refused at once."""
+        if self._known(request.id):
+            raise UserError(f"request id {request.id!r} is in use; accepted: a new one")
+        for token in request.prompt:
+            if not 0 <= token < self.model.vocab_size:
+                raise UserError(f"token id {token} in the prompt; accepted: 0 to {self.model.vocab_size - 1}")
+        seed = self.config.seed if request.sampling.seed is None else request.sampling.seed
+        self.scheduler.submit(request, seed)
+
+    def _known(self, request_id: str) -> bool:
+        requests = [*self.scheduler.requests.values(), *(waiting for waiting, _ in self.scheduler.waiting)]
+        return any(request.id == request_id for request in requests)
+
+    def schedule(self) -> Batch:
+        """Stages admit and decide: the next step's batch, with what the passes decided about it."""
+        batch = self.scheduler.schedule()
+        self.pipeline.decide(batch)
+        return batch

@@ -1,0 +1,120 @@
+"""The meaning of the batch graph: logical sequences and a logical cache become the same plus new tokens."""
+
+from __future__ import annotations
+
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from sagellm.batch import Phase
+from sagellm.errors import UserError
+from sagellm.ir.attrs import last_dim
+from sagellm.ir.dialects import batch
+from sagellm.ir.reference.values import Forwarded, Group, How, LogicalRows, Member, StepScope
+
+
+def group(scope: StepScope, op: batch.Group) -> Group:
+    """The table's sequences. Its columns `leader` and `shared` are decisions; only `batch.share` acts on them."""
+    table = op.table.data
+    columns = table.columns if table.bound else scope.batch.table(Phase[op.phase.data.upper()])
+    cells = [dict(zip(columns, map(int, cells))) for cells in zip(*columns.values())]
+    return [
+        Member(
+            row=cell["row"],
+            context=cell["context"],
+            end=cell["context"] + cell["new"],
+            length=cell["length"],
+            leader=cell.get("leader", -1),
+            shared=cell.get("shared", 0),
+        )
+        for cell in cells
+    ]
+
+
+def share(scope: StepScope, op: batch.Share, members: Group) -> Group:
+    return [evolve(member, waits=member.shared > 0) for member in members]
+
+
+def rows(scope: StepScope, op: batch.Rows, *arguments: Group | frozenset[int]) -> Group:
+    """Every sequence of the groups; each must have been given blocks."""
+    room = set().union(*(a for a in arguments if isinstance(a, frozenset)))
+    members = [member for a in arguments if not isinstance(a, frozenset) for member in a]
+    if homeless := [member.row for member in members if member.row not in room]:
+        raise UserError(f"batch.rows: sequence {homeless[0]} has no blocks; accepted: those of kv.allocate")
+    return members
+
+
+def sampling(scope: StepScope, op: batch.Sampling, *groups: Group) -> How:
+    getting = tuple(member.row for group in groups for member in group if member.gets_token)
+    return How(getting, scope.batch.columns)
+
+
+def forward(scope: StepScope, op: batch.Forward, members: Group) -> Tensor:
+    """Logits [R, V] of the sequences that get a token. Who waits for a leader takes over its part of the cache."""
+    logits: dict[int, dict[int, Tensor]] = {}
+    for member in _leaders_first(members):
+        known: dict[int, Tensor] = {}
+        if member.waits:
+            _take_over(scope, member)
+            known |= {at: value for at, value in logits[member.leader].items() if at < member.start}
+        positions = range(member.start, member.end)
+        if positions:
+            tokens = scope.batch.columns.tokens[member.row, member.start : member.end].tolist()
+            item = Forwarded(member.row, positions, tuple(tokens), member.length, tuple(positions))
+            computed = scope.forward(op.model.root_reference.data, LogicalRows((item,)))
+            known |= dict(zip(positions, computed))
+        logits[member.row] = known
+    wanted = [member for member in members if member.gets_token]
+    scope.logits = {member.row: logits[member.row][member.end - 1] for member in wanted}
+    if not wanted:
+        return torch.zeros(0, last_dim(op.result.type))
+    return torch.stack(list(scope.logits.values()))
+
+
+def _leaders_first(members: Group) -> list[Member]:
+    order: list[Member] = []
+    waiting = list(members)
+    while waiting:
+        done = {member.row for member in order}
+        ready = [member for member in waiting if not member.waits or member.leader in done]
+        if not ready:
+            raise UserError(
+                f"batch.share: sequence {waiting[0].row} waits for {waiting[0].leader}, which never comes"
+            )
+        order += ready
+        waiting = [member for member in waiting if member not in ready]
+    return order
+
+
+def _take_over(scope: StepScope, member: Member) -> None:
+    """Positions `context` to `start` of every layer come from the leader's cache."""
+    mine = scope.cache.setdefault(member.row, {})
+    for layer, (keys, values) in scope.cache[member.leader].items():
+        if len(keys) < member.start:
+            raise UserError(
+                f"batch.share: sequence {member.row} takes {member.start} positions over from sequence "
+                f"{member.leader}, which has {len(keys)}"
+            )
+        part = slice(member.context, member.start)
+        own_keys, own_values = mine.get(layer, (keys[:0], values[:0]))
+        mine[layer] = torch.cat((own_keys, keys[part])), torch.cat((own_values, values[part]))
+
+
+def sample(scope: StepScope, op: batch.Sample, logits: Tensor, how: How) -> Tensor:
+    return scope.sample(op.sampler.root_reference.data, logits, how)
+
+
+def commit(scope: StepScope, op: batch.Commit, tokens: Tensor, *groups: Group) -> None:
+    getting = [member.row for group in groups for member in group if member.gets_token]
+    scope.tokens = dict(zip(getting, tokens.tolist(), strict=True))
+
+
+MEANINGS = {
+    batch.Group: group,
+    batch.Share: share,
+    batch.Rows: rows,
+    batch.Sampling: sampling,
+    batch.Forward: forward,
+    batch.Sample: sample,
+    batch.Commit: commit,
+}

@@ -1,0 +1,13 @@
+"""The meaning of the `kv` operations. Block ids are unobservable: a set of blocks is the sequences that have room."""
+
+from __future__ import annotations
+
+from sagellm.ir.dialects import kv
+from sagellm.ir.reference.values import Group, StepScope
+
+
+def allocate(scope: StepScope, op: kv.Allocate, *groups: Group) -> frozenset[int]:
+    return frozenset(member.row for group in groups for member in group)
+
+
+MEANINGS = {kv.Allocate: allocate}

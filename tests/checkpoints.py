@@ -1,0 +1,129 @@
+"""Tiny random models, made with transformers and saved as folders that are kept for the whole test session.
+
+A test module that needs them says `pytest_plugins = ["checkpoints"]` and takes the fixtures `checkpoint`,
+`text_checkpoint` or `oracle`. Weights have enough spread that greedy outputs wander through the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+torch.set_num_threads(1)  # two cores are shared by everything that runs here
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+VOCABULARY = 300
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+CONFIGS = {
+    "LlamaForCausalLM": transformers.LlamaConfig,
+    "MistralForCausalLM": transformers.MistralConfig,
+    "Qwen2ForCausalLM": transformers.Qwen2Config,
+    "Qwen3ForCausalLM": transformers.Qwen3Config,
+}
+
+DEFAULTS = {
+    "MistralForCausalLM": {"sliding_window": None},
+    "Qwen3ForCausalLM": {"head_dim": 16},
+}
+
+
+def save_checkpoint(folder: Path, architecture: str = "LlamaForCausalLM", seed: int = 0, **fields) -> Path:
+    """Write a model of this architecture into a folder; `fields` are those of its config.json.
+
+    Two fields more: `dtype`, of the weights (float32 if left out), and `max_shard_size`, for several files.
+    """
+    shards = {"max_shard_size": fields.pop("max_shard_size")} if "max_shard_size" in fields else {}
+    dtype = getattr(torch, fields.pop("dtype", "float32"))
+    config = CONFIGS[architecture](**{**SIZES, **DEFAULTS.get(architecture, {}), **fields})
+    model = getattr(transformers, architecture)(config)
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.uniform_(0.5, 1.5, generator=random)
+            else:
+                weight.normal_(0, 1.0 if name.endswith("bias") else 0.2, generator=random)
+    model.to(dtype).save_pretrained(folder, **shards)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Callable[..., Path]:
+    """`checkpoint(architecture, **fields)`: the folder of that model, made on first use. See `save_checkpoint`."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str = "LlamaForCausalLM", **fields) -> Path:
+        key = json.dumps([architecture, fields], sort_keys=True)
+        if key not in made:
+            made[key] = save_checkpoint(tmp_path_factory.mktemp(architecture), architecture, **fields)
+        return made[key]
+
+    return make
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. The end.\n\nThe fox said: no, no, no!",
+    "中文分词器把文字切成小块，再变成数字。今天天气很好，我们去公园。",
+    "naïve café — “quotes” … 🙂🙃",
+]
+
+
+def save_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> tokenizers.Tokenizer:
+    """A byte-level BPE, as GPT-2 and Qwen have it, trained on the spot; `<|end|>` ends a turn."""
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS * 4, trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|end|>", "chat_template": CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return backend
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tmp_path_factory) -> Path:
+    """A model with a tokenizer and a chat template; token 0, `<|end|>`, ends its answers."""
+    folder = tmp_path_factory.mktemp("text")
+    save_checkpoint(folder, "Qwen2ForCausalLM", eos_token_id=0)
+    save_tokenizer(folder)
+    return folder
+
+
+@cache
+def load_oracle(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()

@@ -1,0 +1,167 @@
+// RUN: sagellm opt %s --split-input-file -p kernel-fusion --remarks | filecheck %s
+// RUN: sagellm opt %s --split-input-file -p kernel-fusion --remarks --without nn.split \
+// RUN:     | filecheck %s --check-prefix NO-SPLIT
+// RUN: sagellm opt %s --split-input-file -p kernel-fusion --remarks --without nn.silu_mul \
+// RUN:     --without nn.add_rms_norm | filecheck %s --check-prefix NO-FUSED
+
+// A whole layer: q, k and v are one product with one bias, gate and up one, and the weights program joins them.
+
+// CHECK: // kernel-fusion: applied at %q = nn.linear (operation 3 of @layer): @q_proj + @k_proj + @v_proj -> @qkv_proj: one product of 16 columns for 3
+// CHECK-NEXT: // kernel-fusion: applied at {{.*}}: add + rms_norm -> add_rms_norm
+// CHECK-NEXT: // kernel-fusion: applied at {{.*}}: @gate_proj + @up_proj -> @gate_up_proj: one product of 32 columns for 2
+// CHECK-NEXT: // kernel-fusion: applied at {{.*}}: split + silu + mul -> silu_mul
+// CHECK: nn.func @layer
+// CHECK-NEXT: %qkv = nn.linear %h, @qkv_proj {bias = @qkv_bias} : tensor<?x16xf32>
+// CHECK-NEXT: %q, %k, %v = nn.split %qkv {sizes = [8, 4, 4]} : tensor<?x8xf32>, tensor<?x4xf32>, tensor<?x4xf32>
+// CHECK-NEXT: nn.rope %q, %k, %angles
+// CHECK: %x_1, %h_1 = nn.add_rms_norm %x, %attn, @mlp_norm {eps = 1.0e-06} : tensor<?x8xf32>, tensor<?x8xf32>
+// CHECK-NEXT: %gate_up = nn.linear %h_1, @gate_up_proj : tensor<?x32xf32>
+// CHECK-NEXT: %m = nn.silu_mul %gate_up : tensor<?x16xf32>
+// CHECK-NEXT: nn.return %x_1, %m
+// CHECK: weights.load @load.layer layers 0 to 2
+// CHECK: %qkv_proj = weights.concat %q_proj, %k_proj, %v_proj : tensor<16x8xf32>
+// CHECK-NEXT: weights.store %qkv_proj, @qkv_proj
+// CHECK: %qkv_bias = weights.concat %q_bias, %k_bias, %v_bias : tensor<16xf32>
+// CHECK: %gate_up_proj = weights.concat %gate_proj, %up_proj : tensor<32x8xf32>
+// CHECK-NOT: weights.store %q_proj
+
+// Without nn.split there is nothing to cut the joint product with.
+// NO-SPLIT: declined at %q = nn.linear (operation 1 of @layer): @q_proj + @k_proj + @v_proj: cpu has no nn.split
+// NO-SPLIT: declined at %gate = nn.linear (operation 8 of @layer): @gate_proj + @up_proj: cpu has no nn.split
+// NO-SPLIT: declined at %m = nn.mul (operation 11 of @layer): gate and up are not the halves of one product
+// NO-SPLIT: %q = nn.linear %h, @q_proj {bias = @q_bias} : tensor<?x8xf32>
+// NO-SPLIT: nn.silu
+
+// NO-FUSED: declined at %h = nn.rms_norm (operation 7 of @layer): cpu has no nn.add_rms_norm
+// NO-FUSED: declined at %m = nn.mul (operation 11 of @layer): cpu has no nn.silu_mul
+// NO-FUSED: %x_1 = nn.add
+// NO-FUSED: %h_1 = nn.rms_norm
+// NO-FUSED: nn.split
+// NO-FUSED: nn.silu
+// NO-FUSED: nn.mul
+
+builtin.module {
+  nn.func @layer(%x: tensor<?x8xf32>, %h: tensor<?x8xf32>, %angles: tensor<?x4xf32>, %rows: !batch.rows<decode>) -> (tensor<?x8xf32>, tensor<?x16xf32>) {
+    %q = nn.linear %h, @q_proj {bias = @q_bias} : tensor<?x8xf32>
+    %k = nn.linear %h, @k_proj {bias = @k_bias} : tensor<?x4xf32>
+    %v = nn.linear %h, @v_proj {bias = @v_bias} : tensor<?x4xf32>
+    %q_1, %k_1 = nn.rope %q, %k, %angles {head_dim = 4} : tensor<?x8xf32>, tensor<?x4xf32>
+    nn.kv_write %k_1, %v, %rows {head_dim = 4}
+    %attn = nn.attention %q_1, %rows {head_dim = 4, kv_heads = 1, scale = 0.5} : tensor<?x8xf32>
+    %x_1 = nn.add %x, %attn : tensor<?x8xf32>
+    %h_1 = nn.rms_norm %x_1, @mlp_norm {eps = 1.0e-06} : tensor<?x8xf32>
+    %gate = nn.linear %h_1, @gate_proj : tensor<?x16xf32>
+    %up = nn.linear %h_1, @up_proj : tensor<?x16xf32>
+    %act = nn.silu %gate : tensor<?x16xf32>
+    %m = nn.mul %act, %up : tensor<?x16xf32>
+    nn.return %x_1, %m
+  }
+  weights.load @load.layer layers 0 to 2 {
+    %q_proj = weights.tensor {source = "layers.{layer}.q_proj.weight"} : tensor<8x8xf32>
+    weights.store %q_proj, @q_proj
+    %q_bias = weights.tensor {source = "layers.{layer}.q_proj.bias"} : tensor<8xf32>
+    weights.store %q_bias, @q_bias
+    %k_proj = weights.tensor {source = "layers.{layer}.k_proj.weight"} : tensor<4x8xf32>
+    weights.store %k_proj, @k_proj
+    %k_bias = weights.tensor {source = "layers.{layer}.k_proj.bias"} : tensor<4xf32>
+    weights.store %k_bias, @k_bias
+    %v_proj = weights.tensor {source = "layers.{layer}.v_proj.weight"} : tensor<4x8xf32>
+    weights.store %v_proj, @v_proj
+    %v_bias = weights.tensor {source = "layers.{layer}.v_proj.bias"} : tensor<4xf32>
+    weights.store %v_bias, @v_bias
+    %mlp_norm = weights.tensor {source = "layers.{layer}.norm.weight"} : tensor<8xf32>
+    weights.store %mlp_norm, @mlp_norm
+    %gate_proj = weights.tensor {source = "layers.{layer}.gate_proj.weight"} : tensor<16x8xf32>
+    weights.store %gate_proj, @gate_proj
+    %up_proj = weights.tensor {source = "layers.{layer}.up_proj.weight"} : tensor<16x8xf32>
+    weights.store %up_proj, @up_proj
+  }
+}
+
+// -----
+// Only one of the two has a bias.
+
+// CHECK: // kernel-fusion: declined at %q = nn.linear (operation 1 of @one_bias): @q_proj + @k_proj: some have a bias and some have none
+// CHECK: %q = nn.linear %h, @q_proj {bias = @q_bias} : tensor<?x8xf32>
+// CHECK-NEXT: %k = nn.linear %h, @k_proj : tensor<?x8xf32>
+
+builtin.module {
+  nn.func @one_bias(%h: tensor<?x8xf32>) -> (tensor<?x8xf32>, tensor<?x8xf32>) {
+    %q = nn.linear %h, @q_proj {bias = @q_bias} : tensor<?x8xf32>
+    %k = nn.linear %h, @k_proj : tensor<?x8xf32>
+    nn.return %q, %k
+  }
+}
+
+// -----
+// A matrix that is used a second time cannot become part of another; one that nobody stores cannot be joined.
+
+// CHECK: declined at %q = nn.linear (operation 1 of @twice): @q_proj + @q_proj: @q_proj is used 2 times
+// CHECK: declined at %q = nn.linear (operation 1 of @nowhere): @q_proj + @k_proj: the weights program does not store @q_proj
+// CHECK: declined at %q = nn.linear (operation 1 of @packed): @q_proj + @k_proj: @q_proj is weights.pack, not a tensor of the checkpoint
+// CHECK-NOT: nn.split
+
+builtin.module {
+  nn.func @twice(%h: tensor<?x8xf32>) -> (tensor<?x8xf32>, tensor<?x8xf32>) {
+    %q = nn.linear %h, @q_proj : tensor<?x8xf32>
+    %k = nn.linear %h, @q_proj : tensor<?x8xf32>
+    nn.return %q, %k
+  }
+  nn.func @nowhere(%h: tensor<?x8xf32>) -> (tensor<?x8xf32>, tensor<?x8xf32>) {
+    %q = nn.linear %h, @q_proj : tensor<?x8xf32>
+    %k = nn.linear %h, @k_proj : tensor<?x8xf32>
+    nn.return %q, %k
+  }
+  nn.func @packed(%h: tensor<?x8xf32>) -> (tensor<?x8xf32>, tensor<?x8xf32>) {
+    %q = nn.linear %h, @q_proj : tensor<?x8xf32>
+    %k = nn.linear %h, @k_proj : tensor<?x8xf32>
+    nn.return %q, %k
+  }
+  weights.load @load.packed layers 0 to 1 {
+    %q_proj = weights.tensor {source = "q_proj.weight"} : tensor<8x8xf32>
+    %q_packed = weights.pack %q_proj {layout = blocked} : tensor<8x8xf32>
+    weights.store %q_packed, @q_proj
+    %k_proj = weights.tensor {source = "k_proj.weight"} : tensor<8x8xf32>
+    weights.store %k_proj, @k_proj
+  }
+}
+
+// -----
+// silu * up where the two are not the halves of one product, and where silu is wanted elsewhere too.
+
+// CHECK: declined at %m = nn.mul (operation 2 of @two_inputs): gate and up are not the halves of one product
+// CHECK: nn.func @two_inputs
+// CHECK-NEXT: nn.silu
+// CHECK-NEXT: nn.mul
+// CHECK: nn.func @wanted
+// CHECK: nn.silu
+// CHECK-NEXT: nn.mul
+
+builtin.module {
+  nn.func @two_inputs(%gate: tensor<?x16xf32>, %up: tensor<?x16xf32>) -> tensor<?x16xf32> {
+    %act = nn.silu %gate : tensor<?x16xf32>
+    %m = nn.mul %act, %up : tensor<?x16xf32>
+    nn.return %m
+  }
+  nn.func @wanted(%x: tensor<?x32xf32>) -> (tensor<?x16xf32>, tensor<?x16xf32>) {
+    %gate, %up = nn.split %x {sizes = [16, 16]} : tensor<?x16xf32>, tensor<?x16xf32>
+    %act = nn.silu %gate : tensor<?x16xf32>
+    %m = nn.mul %act, %up : tensor<?x16xf32>
+    nn.return %act, %m
+  }
+}
+
+// -----
+// The norm of each head is another operation than the norm of the residual stream.
+
+// CHECK: nn.func @heads
+// CHECK: nn.add
+// CHECK-NEXT: nn.rms_norm {{.*}}heads = 2
+
+builtin.module {
+  nn.func @heads(%x: tensor<?x8xf32>, %y: tensor<?x8xf32>) -> tensor<?x8xf32> {
+    %s = nn.add %x, %y : tensor<?x8xf32>
+    %h = nn.rms_norm %s, @q_norm {eps = 1.0e-06, heads = 2} : tensor<?x8xf32>
+    nn.return %h
+  }
+}
