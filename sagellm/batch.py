@@ -138,6 +138,8 @@ class Columns:
     def __init__(self, capacity: int, max_length: int, block_size: int):
         self.capacity, self.max_length, self.block_size = capacity, max_length, block_size
         self.max_blocks = -(-max_length // block_size)
+        self.alike_up_to = max_length
+        """Keys of longer sequences depend on the length too (dynamic rope): only equally long ones can share."""
         self.tokens = np.zeros((capacity, max_length), np.int32)
         self.blocks = np.zeros((capacity, self.max_blocks), np.int32)
         self.prompt = np.zeros(capacity, np.int32)

@@ -1,13 +1,16 @@
 """Tiny random models, made with transformers and saved as folders that are kept for the whole test session.
 
-A test module that needs them says `pytest_plugins = ["checkpoints"]` and takes the fixtures `checkpoint`,
-`text_checkpoint` or `oracle`. Weights have enough spread that greedy outputs wander through the vocabulary.
+A test module that needs them says `pytest_plugins = ["checkpoints"]` and takes the fixtures `checkpoint` or
+`text_checkpoint`. Weights have enough spread that greedy outputs wander through the vocabulary. Below stand two
+helpers: `serve` runs requests through an engine core, `continue_greedily` is what transformers makes of a prompt.
+
+PYTEST_DONT_REWRITE, as test modules import it before pytest takes it as a plug-in.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +19,10 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from sagellm.batch import Request, SamplingParams
+from sagellm.config import EngineConfig
+from sagellm.engine.core import EngineCore, TokenEvent
 
 torch.set_num_threads(1)  # two cores are shared by everything that runs here
 transformers.utils.logging.set_verbosity_error()
@@ -124,6 +131,49 @@ def text_checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
+def make_core(folder: Path, pipeline: str | None = None, **settings) -> EngineCore:
+    """A core over a folder, with room for eight sequences."""
+    return EngineCore(EngineConfig(model=str(folder), pipeline=pipeline, **{"max_sequences": 8, **settings}))
+
+
+def serve(
+    core: EngineCore, prompts: Sequence[list[int]], *sampling: SamplingParams
+) -> list[list[TokenEvent]]:
+    """The events of each prompt, all submitted at once; one `sampling` for all, or one for each."""
+    hows = sampling * len(prompts) if len(sampling) == 1 else sampling
+    events: dict[str, list[TokenEvent]] = {f"prompt {i}": [] for i in range(len(prompts))}
+    for name, prompt, how in zip(events, prompts, hows, strict=True):
+        core.submit(Request(name, prompt, how))
+    while core.busy:
+        for event in core.step():
+            events[event.request_id].append(event)
+    return list(events.values())
+
+
+def tokens_of(events: Sequence[list[TokenEvent]]) -> list[list[int]]:
+    return [[event.token for event in one] for one in events]
+
+
 @cache
 def load_oracle(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def continue_greedily(
+    folder: Path, prompt: Sequence[int], steps: int, **settings
+) -> tuple[list[int], torch.Tensor]:
+    """Tokens that transformers' `generate` gives this one prompt in float32, with its cache; logits [steps, V].
+
+    The rotary embedding is made anew: a dynamic one remembers the longest sequence that it has seen.
+    """
+    model = load_oracle(folder)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    out = model.generate(
+        torch.tensor([list(prompt)]),
+        max_new_tokens=steps,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **settings,
+    )
+    return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits).float()

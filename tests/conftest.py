@@ -1,5 +1,7 @@
-"""Puts tests/ on the path, where strategies.py lies; one torch thread, since the models are tiny."""
+"""Runs the FileCheck tests too, and puts tests/ on the path, where strategies.py and checkpoints.py lie."""
 
 import torch
 
-torch.set_num_threads(1)
+pytest_plugins = ["sagellm.testing.plugin"]
+
+torch.set_num_threads(1)  # two cores are shared by everything that runs here

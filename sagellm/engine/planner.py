@@ -40,6 +40,8 @@ class Planner:
         )
         self.compiler = Compiler(self.model, self.backend, self.pipeline, self.dtype, config.verify)
         self.columns = Columns(config.max_sequences, self._max_length(), config.block_size)
+        if self.model.rope.kind == "dynamic":
+            self.columns.alike_up_to = self.model.rope.original_max_positions
         self.pool = BlockPool(self._block_count())
         self.scheduler = Scheduler(self.columns, self.pool, config.max_batched_tokens)
 

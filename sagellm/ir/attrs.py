@@ -80,6 +80,11 @@ def dtype_name(type_: Attribute) -> str:
     return DTYPE_NAMES[type_.element_type]
 
 
+def shape_of(type_: Attribute) -> tuple[int, ...]:
+    assert isinstance(type_, TensorType)
+    return type_.get_shape()
+
+
 def last_dim(type_: Attribute) -> int:
     assert isinstance(type_, TensorType)
     if not type_.get_shape():

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import cache
 
 from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
-from xdsl.ir import Block, BlockArgument, Operation
+from xdsl.ir import Block, Operation
 from xdsl.irdl import VarOperandDef
 from xdsl.utils.exceptions import VerifyException
 
 from sagellm.errors import UserError
 from sagellm.ir.dialects import batch, nn, weights
-from sagellm.ir.edit import only_block, operations
+from sagellm.ir.edit import maker, only_block, operations, symbol_name
 
 
 def verify(module: ModuleOp, level: str = "full") -> None:
@@ -71,20 +71,15 @@ def _verify_block(function: Operation) -> None:
             raise UserError(f"{describe(op)}: lacks the property {sorted(missing)[0]}")
         for operand in op._operands:
             if id(operand) not in defined:
-                where = (
-                    "a block argument of another function"
-                    if isinstance(operand, BlockArgument)
-                    else operand.op.name
-                )
+                made_by = maker(operand)
+                where = "another function" if made_by is None else made_by.name
                 raise UserError(f"{describe(op)}: uses a value before it is defined (made by {where})")
         defined.update(id(result) for result in op.results)
 
 
 def _verify_symbols(module: ModuleOp) -> None:
     """Functions that are called exist; weights that are used are stored by the weights program, if there is one."""
-    functions = {
-        op.properties["sym_name"].data: op for op in only_block(module).ops if isinstance(op, nn.Func)
-    }
+    functions = {op.sym_name.data: op for op in only_block(module).ops if isinstance(op, nn.Func)}
     loads = {op.fills: op for op in only_block(module).ops if isinstance(op, weights.Load)}
     for function in only_block(module).ops:
         for op in operations(only_block(function)):
@@ -135,4 +130,4 @@ def describe(op: Operation) -> str:
     if function is None or "sym_name" not in function.properties:
         return text
     index = next(i for i, other in enumerate(operations(only_block(function)), 1) if other is op)
-    return f"{text} (operation {index} of @{function.properties['sym_name'].data})"
+    return f"{text} (operation {index} of @{symbol_name(function)})"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sagellm.ir.edit import only_block
+from sagellm.ir.check import weight_names
+from sagellm.ir.edit import only_block, symbol_name
 from sagellm.ir.graph import IRGraph, dependences
 
 
@@ -10,12 +11,11 @@ def dot(graph: IRGraph) -> str:
     """Every function of the module as a cluster."""
     lines = ["digraph sagellm {", "  rankdir=TB; node [shape=box, fontname=monospace];"]
     for number, function in enumerate(graph):
-        name = function.properties["sym_name"].data
+        name = symbol_name(function)
         lines.append(f'  subgraph cluster_{number} {{ label="@{name}";')
         view = dependences(only_block(function))
         for node in view:
-            weight = node.op.properties.get("weight")
-            label = node.name if weight is None else f"{node.name}\\n@{weight.root_reference.data}"
+            label = "\\n@".join([node.name, *weight_names(node.op)])
             lines.append(f'    n{number}_{node.index} [label="{label}"];')
         for source, target, data in view.edges(data=True):
             style = ' [style=dashed, label="{}"]'.format(data["value"]) if data["kind"] == "effect" else ""

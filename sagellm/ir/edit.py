@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from xdsl.dialects.builtin import StringAttr
 from xdsl.ir import Block, Operation, SSAValue
 
 
@@ -18,6 +19,25 @@ def operations(block: Block) -> Iterator[Operation]:
 
 def only_block(op: Operation) -> Block:
     return op.regions[0].blocks[0]
+
+
+def symbol_name(op: Operation) -> str:
+    """The name of a function, step or load."""
+    name = op.properties["sym_name"]
+    assert isinstance(name, StringAttr)
+    return name.data
+
+
+def parent_function(op: Operation) -> Operation:
+    """The function, step or load that holds the operation."""
+    parent = op.parent_op()
+    assert parent is not None
+    return parent
+
+
+def maker(value: SSAValue) -> Operation | None:
+    """The operation whose result this is; None for an argument."""
+    return value.owner if isinstance(value.owner, Operation) else None
 
 
 def users(value: SSAValue) -> list[Operation]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -18,7 +19,7 @@ from sagellm.errors import UserError, unknown
 from sagellm.ir.attrs import TableAttr
 from sagellm.ir.check import describe, verify
 from sagellm.ir.dialects import batch, context, nn, weights
-from sagellm.ir.edit import only_block, operations
+from sagellm.ir.edit import only_block, operations, symbol_name
 from sagellm.ir.syntax import SageOp
 
 
@@ -98,13 +99,12 @@ class IRGraph:
     @classmethod
     def parse(cls, text: str, name: str = "<text>") -> IRGraph:
         """Read a module; malformed text gives `file:line:column: what`."""
+        if (at := _LITERALS.sub(lambda m: " " * len(m[0]), text).find('"')) >= 0:
+            raise _misread(name, text, at, "a string that is not closed, or has an unknown escape")
         try:
             return cls(Parser(context(), text, name).parse_module())
         except ParseError as error:
-            before = text[: error.span.start]
-            line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-            message = error.msg.strip().splitlines()[0]
-            raise UserError(f"{name}:{line}:{column}: {message}") from error
+            raise _misread(name, text, error.span.start, error.msg.strip().splitlines()[0]) from error
         except (VerifyException, ValueError) as error:
             raise UserError(f"{name}: {str(error).strip().splitlines()[0]}") from error
 
@@ -126,8 +126,17 @@ class IRGraph:
 
     def networkx(self, function: str) -> networkx.MultiDiGraph:
         """Operations of one function as nodes; edges carry `kind`: `ssa` (a value) or `effect` (a resource)."""
-        block = only_block(next(op for op in self if op.properties["sym_name"].data == function))
+        block = only_block(next(op for op in self if symbol_name(op) == function))
         return dependences(block)
+
+
+_LITERALS = re.compile(r'"(?:[^"\\\n\v\f]|\\(?:["nt\\]|[0-9A-Fa-f]{2}))*"|//[^\n]*')
+"""Strings and comments. An open string is looked for first: xDSL's lexer takes exponential time over one."""
+
+
+def _misread(name: str, text: str, at: int, message: str) -> UserError:
+    before = text[:at]
+    return UserError(f"{name}:{before.count(chr(10)) + 1}:{at - before.rfind(chr(10))}: {message}")
 
 
 def fingerprint(block: Block) -> tuple:

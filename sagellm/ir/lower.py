@@ -36,7 +36,7 @@ def bucket(count: int) -> int:
 
 
 def stage_words(stages: int) -> tuple[str, ...]:
-    return tuple(stage.name.lower() for stage in STAGES if stages & stage)
+    return tuple(str(stage.name).lower() for stage in STAGES if stages & stage)
 
 
 def lower(batch: Batch, vocab_size: int) -> Block:

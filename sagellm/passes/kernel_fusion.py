@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from xdsl.ir import OpResult
+from xdsl.ir import Operation
 
-from sagellm.ir.attrs import dtype_name, last_dim, tensor
+from sagellm.ir.attrs import dtype_name, last_dim, shape_of, tensor
 from sagellm.ir.build import created, properties
 from sagellm.ir.check import weight_names
 from sagellm.ir.dialects import nn, weights
@@ -15,10 +15,13 @@ from sagellm.ir.edit import (
     erase,
     insert_after,
     insert_before,
+    maker,
     only_block,
     operations,
+    parent_function,
     precedes,
     replace,
+    symbol_name,
     users,
 )
 from sagellm.ir.graph import IRGraph
@@ -50,14 +53,20 @@ class KernelFusion(Pass):
         if len({linear.bias is None for linear in group}) != 1:
             self.declined(context, op, f"{what}: some have a bias and some have none")
             return
-        function = op.parent_op()
-        load = graph.loads.get(function.sym_name.data)
-        stores = _stores(load) if load else {}
-        parts = [names] if op.bias is None else [names, [x.bias.root_reference.data for x in group]]
+        function = parent_function(op)
+        load = graph.loads.get(symbol_name(function))
+        if load is None:
+            self.declined(
+                context, op, f"{what}: the module has no weights program for @{symbol_name(function)}"
+            )
+            return
+        stores = _stores(load)
+        biases = [linear.bias.root_reference.data for linear in group if linear.bias is not None]
+        parts = [names, biases] if biases else [names]
         if reason := self._unmergeable(function, stores, parts):
             self.declined(context, op, f"{what}: {reason}")
             return
-        merged = [_join(stores, load, part) for part in parts]
+        merged = [_join(stores, part) for part in parts]
         sizes = [last_dim(linear.result.type) for linear in group]
         dtype = dtype_name(op.result.type)
         product = nn.Linear.create(
@@ -77,7 +86,7 @@ class KernelFusion(Pass):
         for linear, value in zip(group, split.results):
             replace(linear, [value])
 
-    def _unmergeable(self, function: nn.Func, stores: dict, parts: list[list[str]]) -> str | None:
+    def _unmergeable(self, function: Operation, stores: dict, parts: list[list[str]]) -> str | None:
         used: dict[str, int] = {}
         for other in operations(only_block(function)):
             for name in weight_names(other):
@@ -87,13 +96,13 @@ class KernelFusion(Pass):
                 return f"@{name} is used {used[name]} times"
             if name not in stores:
                 return f"the weights program does not store @{name}"
-            if not isinstance(stores[name].x.owner, weights.Tensor):
-                return f"@{name} is {stores[name].x.owner.name}, not a tensor of the checkpoint"
+            if not isinstance(maker(stores[name].x), weights.Tensor):
+                return f"@{name} is computed, not a tensor of the checkpoint"
         return None
 
     @rewrites(nn.RmsNorm)
     def add_rms_norm(self, op: nn.RmsNorm, graph: IRGraph, context: PassContext) -> None:
-        add = op.x.owner
+        add = maker(op.x)
         if not isinstance(add, nn.Add) or op.heads is not None:
             return
         if "nn.add_rms_norm" not in context.capability.kernels:
@@ -111,15 +120,14 @@ class KernelFusion(Pass):
 
     @rewrites(nn.Mul)
     def silu_mul(self, op: nn.Mul, graph: IRGraph, context: PassContext) -> None:
-        silu = op.x.owner
+        silu = maker(op.x)
         if not isinstance(silu, nn.Silu) or len(users(silu.result)) != 1:
             return
         if "nn.silu_mul" not in context.capability.kernels:
             self.declined(context, op, f"{context.capability.backend} has no nn.silu_mul")
             return
-        split = silu.x.owner
-        halves = isinstance(silu.x, OpResult) and isinstance(split, nn.Split)
-        if not halves or tuple(split.results) != (silu.x, op.y):
+        split = maker(silu.x)
+        if not isinstance(split, nn.Split) or tuple(split.results) != (silu.x, op.y):
             self.declined(context, op, "gate and up are not the halves of one product")
             return
         fused = nn.SiluMul.create(operands=[split.x], result_types=[op.result.type])
@@ -145,20 +153,19 @@ def merged_name(names: list[str]) -> str:
     return f"{('' if all(len(stem) == 1 for stem in stems) else '_').join(stems)}_{kind[0]}"
 
 
-def _join(stores: dict[str, weights.Store], load: weights.Load, names: list[str]) -> str:
+def _join(stores: dict[str, weights.Store], names: list[str]) -> str:
     """Rewrite the weights program so that the tensors are stored as one; returns its name."""
     parts = [stores[name].x for name in names]
-    rows = sum(part.type.get_shape()[0] for part in parts)
+    rows = sum(shape_of(part.type)[0] for part in parts)
     dtype = dtype_name(parts[0].type)
     name = merged_name(names)
     concat = weights.Concat.create(
-        operands=parts, result_types=[tensor(dtype, rows, *parts[0].type.get_shape()[1:])]
+        operands=parts, result_types=[tensor(dtype, rows, *shape_of(parts[0].type)[1:])]
     )
     concat.result.name_hint = name
     store = weights.Store.create(operands=[concat.result], properties=properties({"weight": name}))
-    last = parts[0].owner
-    for part in parts[1:]:
-        last = part.owner if precedes(last, part.owner) else last
+    makers = [made for made in map(maker, parts) if made is not None]
+    last = next(op for op in makers if not any(precedes(op, other) for other in makers))
     insert_after(last, concat, store)
     for part in names:
         erase(stores[part])

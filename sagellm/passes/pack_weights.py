@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from sagellm.ir.attrs import dtype_name, word
 from sagellm.ir.build import properties
 from sagellm.ir.dialects import nn, weights
-from sagellm.ir.edit import insert_before, only_block, operations
+from sagellm.ir.edit import insert_before, only_block, operations, parent_function, symbol_name
 from sagellm.ir.graph import IRGraph
 from sagellm.passes.driver import Pass, PassContext, rewrites
 
@@ -34,9 +34,9 @@ class PackWeights(Pass):
                 context, op, f"{context.capability.backend} names no layout for {dtype_name(op.x.type)}"
             )
             return
-        function = op.parent_op()
+        function = parent_function(op)
         readers = [o for o in operations(only_block(function)) if o.properties.get("weight") == op.weight]
-        load = graph.loads.get(function.sym_name.data)
+        load = graph.loads.get(symbol_name(function))
         store = (
             next(
                 (

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from sagellm.batch import Batch, Columns, Phase
-from sagellm.ir.attrs import group_type, rows_type
+from sagellm.ir.attrs import group_type, rows_type, word
 from sagellm.ir.dialects import batch as b
 from sagellm.ir.edit import insert_after, users
 from sagellm.ir.graph import IRGraph
@@ -37,10 +37,14 @@ class PrefixDedup(Pass):
         if len(rows) < 2:
             return
         end = c.context + c.new
-        keys = {int(r): (int(c.context[r]), c.tokens[r, : end[r]].astype(">i4").tobytes()) for r in rows}
+        own = np.where(c.length > c.alike_up_to, c.length, 0)
+        keys = {
+            int(r): (int(c.context[r]), int(own[r]), c.tokens[r, : end[r]].astype(">i4").tobytes())
+            for r in rows
+        }
         order = sorted(keys, key=keys.__getitem__)
         for before, row in pairwise(order):
-            if c.context[before] != c.context[row]:
+            if keys[before][:2] != keys[row][:2]:
                 continue
             shared = common_prefix(c, before, row, int(min(end[before], end[row]))) - int(c.context[row])
             if shared <= 0:
@@ -55,7 +59,7 @@ class PrefixDedup(Pass):
     def share(self, group: b.Group, graph: IRGraph, context: PassContext) -> None:
         if group.phase.data != Phase.PREFILL.name.lower():
             return
-        if group.facts is None or SHARED not in [fact.data for fact in group.facts.data]:
+        if group.facts is None or word(SHARED) not in group.facts.data:
             self.declined(context, group, "no two prompts of this step begin alike")
             return
         share = b.Share.create(

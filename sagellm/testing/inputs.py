@@ -65,7 +65,7 @@ def small_rows(graph: IRGraph, seed: int = 0) -> LogicalRows:
 
 
 def cache_before(graph: IRGraph, weights: Weights, rows: LogicalRows) -> Cache:
-    """A cache of the positions before those that the rows forward, as if token 0 stood there."""
+    """A float32 cache of the positions before those that the rows forward, as if token 0 stood there."""
     starts = [(s.row, s.positions.start, s.length) for s in rows.sequences]
     return _filled(
         graph, weights, [Forwarded(row, range(n), (0,) * n, length, ()) for row, n, length in starts if n]
@@ -73,7 +73,7 @@ def cache_before(graph: IRGraph, weights: Weights, rows: LogicalRows) -> Cache:
 
 
 def context_cache(graph: IRGraph, weights: Weights, batch: Batch) -> Cache:
-    """The cache that the sequences of a batch have before the step, as the model computes it."""
+    """The float32 cache that the sequences of a batch have before the step, as the model computes it."""
     c, sequences = batch.columns, []
     for row in np.concatenate([batch.decode, batch.prefill]).tolist():
         if context := int(c.context[row]):
@@ -84,7 +84,7 @@ def context_cache(graph: IRGraph, weights: Weights, batch: Batch) -> Cache:
 
 def _filled(graph: IRGraph, weights: Weights, sequences: Iterable[Forwarded]) -> Cache:
     cache: Cache = {}
-    evaluate_model(graph, weights, LogicalRows(tuple(sequences)), cache)
+    evaluate_model(graph, weights, LogicalRows(tuple(sequences)), cache, exact=True)
     return cache
 
 

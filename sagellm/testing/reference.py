@@ -1,18 +1,20 @@
 """Does a pass keep the meaning of a graph? Both graphs are evaluated by `sagellm.ir.reference` and compared.
 
-Two tensors agree when they differ by at most the tolerance of their dtype times the greatest magnitude in the one
-before the pass (or times 1, where all are smaller). float32 is not compared to the last bit: a merged matrix product
-may sum in another order. Model graphs are checked with two layers of every segment, since its layers are equal.
+Everything is evaluated in float32. Two tensors agree when they differ by at most TOLERANCE times the greatest magnitude
+in the one before the pass (or times 1, where all are smaller); not to the last bit, since a merged matrix product may
+sum in another order. Model graphs are checked with two layers of every segment, since its layers are equal.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import evolve, frozen
 from torch import Tensor
 from xdsl.ir import Operation
 
-from sagellm.batch import Batch
+from sagellm.batch import Batch, Phase
 from sagellm.errors import UserError
 from sagellm.ir.check import describe
 from sagellm.ir.dialects import batch as b
@@ -26,7 +28,7 @@ from sagellm.ir.reference import (
     evaluate_step,
     evaluate_weights,
 )
-from sagellm.models.decoder import build_sampler
+from sagellm.models.decoder import build_model, build_sampler
 from sagellm.passes import pipeline as pipeline_of
 from sagellm.passes.driver import Pass, PassContext, Pipeline
 from sagellm.testing.inputs import (
@@ -39,8 +41,10 @@ from sagellm.testing.inputs import (
     vocab_size,
 )
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-"""The shorter types round after every operation, which a fusion may leave out."""
+if TYPE_CHECKING:
+    from sagellm.engine.planner import Planner
+
+TOLERANCE = 1e-5
 
 
 class MeaningChanged(UserError):
@@ -73,6 +77,18 @@ def check_pipeline(pipeline: Pipeline, context: PassContext, model: IRGraph, bat
     check_batch_passes(step, pipeline, context, batch, model)
 
 
+def check_batch(planner: Planner, batch: Batch) -> str:
+    """Check all passes of an engine on a batch about which they decided. Gives one line on what was compared."""
+    pipeline, context = planner.pipeline, PassContext(planner.backend.capability)
+    phases = tuple(phase.name.lower() for phase in Phase if len(batch.rows(phase)))
+    model = build_model(planner.model, planner.dtype, phases)
+    check_model_passes(model, pipeline, context)
+    step = step_graph(lower(batch, vocab_size(model)))
+    check_batch_passes(step, pipeline, context, batch, model)
+    checked = ", ".join(p.name for p in pipeline.passes) or "no pass"
+    return f"verified: {checked}: equal tokens, logits and KV cache within {TOLERANCE:g}"
+
+
 def check_model_passes(
     graph: IRGraph,
     pipeline: Pipeline,
@@ -88,7 +104,7 @@ def check_model_passes(
     graph = shortened(graph)
     read = read or random_tensors(graph)
     rows = rows or small_rows(graph)
-    start = cache_before(graph, evaluate_weights(graph, read), rows)
+    start = cache_before(graph, evaluate_weights(graph, read, exact=True), rows)
     before = _evaluated(graph, read, rows, start)
     for p in _of_kind(pipeline, "model"):
         graph = _applied(p, graph, context)
@@ -115,13 +131,13 @@ def check_batch_passes(
     model graph; where it has no `@sample`, one is made for the stages of the step.
     """
     model = _with_sampler(shortened(model), step)
-    weights = evaluate_weights(model, read or random_tensors(model))
+    weights = evaluate_weights(model, read or random_tensors(model), exact=True)
     start = context_cache(model, weights, batch)
-    before = evaluate_step(step, model, weights, batch, start)
+    before = evaluate_step(step, model, weights, batch, start, exact=True)
     for p in _of_kind(pipeline, "batch"):
         step = _applied(p, step, context)
         try:
-            after = evaluate_step(step, model, weights, batch, start)
+            after = evaluate_step(step, model, weights, batch, start, exact=True)
         except Exception as error:
             raise _no_meaning(p, error) from error
         _compare_steps(p, before, after)
@@ -174,7 +190,9 @@ def _evaluated(graph: IRGraph, read: Read, rows: LogicalRows, start: Cache) -> _
         values.extend(_Value(op, r.name_hint, layer, tensor) for r, tensor in zip(op.results, results))
 
     cache = {row: dict(layers) for row, layers in start.items()}
-    logits = evaluate_model(graph, evaluate_weights(graph, read), rows, cache, observe=observe)
+    logits = evaluate_model(
+        graph, evaluate_weights(graph, read, exact=True), rows, cache, exact=True, observe=observe
+    )
     return _Evaluated(logits, cache, values)
 
 
@@ -237,13 +255,13 @@ def _difference(before: Tensor, after: Tensor) -> float:
 
 
 def _close(before: Tensor, after: Tensor) -> bool:
-    return _difference(before, after) <= TOLERANCE.get(before.dtype, 0.0)
+    return _difference(before, after) <= TOLERANCE
 
 
 def _changed(p: Pass, what: str, before: Tensor, after: Tensor) -> MeaningChanged:
     return MeaningChanged(
         f"pass {p.name} changed {what}: greatest relative difference {_difference(before, after):.2g}, "
-        f"tolerance {TOLERANCE.get(before.dtype, 0.0):g}"
+        f"tolerance {TOLERANCE:g}"
     )
 
 

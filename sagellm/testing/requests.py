@@ -18,7 +18,6 @@ from sagellm.ir.attrs import (
     sampling_type,
     symbol,
     tensor,
-    word,
     words,
 )
 from sagellm.ir.build import Body
@@ -93,7 +92,7 @@ def request_rows(batch: Batch, *, shared: bool) -> Rows:
 
     def block_table(rows: list[int], lengths: list[int]) -> np.ndarray:
         width = max((-(-length // size) for length in lengths), default=0)
-        return np.array([[c.blocks[row, at] for at in range(width)] for row in rows], np.int64).reshape(-1, width)
+        return np.array([c.blocks[row, :width] for row in rows], np.int64).reshape(len(rows), width)
 
     decode_lengths = [c.context[row] + 1 for row in batch.decode]
     prefills = [row for row, _, _ in working]

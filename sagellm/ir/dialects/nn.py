@@ -36,7 +36,7 @@ from xdsl.printer import Printer
 from xdsl.traits import IsolatedFromAbove, IsTerminator, SymbolOpInterface
 from xdsl.utils.exceptions import VerifyException
 
-from sagellm.ir.attrs import RowsType, SamplingType, last_dim
+from sagellm.ir.attrs import RowsType, SamplingType, dtype_name, last_dim
 from sagellm.ir.syntax import SageOp
 
 
@@ -151,7 +151,7 @@ class Linear(SageOp):
         return (self.weight.root_reference.data.removesuffix("_proj"),)
 
     def verify_(self) -> None:
-        if self.x.type.element_type != self.result.type.element_type:
+        if dtype_name(self.x.type) != dtype_name(self.result.type):
             raise VerifyException("nn.linear keeps the dtype of its input")
 
 

@@ -28,7 +28,7 @@ from xdsl.printer import Printer
 from xdsl.traits import IsolatedFromAbove, NoTerminator, SymbolOpInterface
 from xdsl.utils.exceptions import VerifyException
 
-from sagellm.ir.attrs import integer
+from sagellm.ir.attrs import integer, shape_of
 from sagellm.ir.syntax import SageOp
 
 
@@ -91,7 +91,7 @@ class Concat(SageOp):
     result = result_def(TensorType)
 
     def verify_(self) -> None:
-        if sum(t.get_shape()[0] for t in self.operand_types) != self.result.type.get_shape()[0]:
+        if sum(shape_of(t)[0] for t in self.operand_types) != shape_of(self.result.type)[0]:
             raise VerifyException("weights.concat: the parts do not add up to the result")
 
 

@@ -51,24 +51,32 @@ def sampling(scope: StepScope, op: batch.Sampling, *groups: Group) -> How:
 
 def forward(scope: StepScope, op: batch.Forward, members: Group) -> Tensor:
     """Logits [R, V] of the sequences that get a token. Who waits for a leader takes over its part of the cache."""
-    logits: dict[int, dict[int, Tensor]] = {}
-    for member in _leaders_first(members):
-        known: dict[int, Tensor] = {}
+    order, by_row = _leaders_first(members), {member.row: member for member in members}
+    wanted = {member.row: _computes_last(member, by_row) for member in members if member.gets_token}
+    logits: dict[tuple[int, int], Tensor] = {}
+    for member in order:
         if member.waits:
             _take_over(scope, member)
-            known |= {at: value for at, value in logits[member.leader].items() if at < member.start}
         positions = range(member.start, member.end)
         if positions:
-            tokens = scope.batch.columns.tokens[member.row, member.start : member.end].tolist()
-            item = Forwarded(member.row, positions, tuple(tokens), member.length, tuple(positions))
+            row = member.row
+            tokens = tuple(scope.batch.columns.tokens[row, member.start : member.end].tolist())
+            outputs = tuple(sorted({at for owner, at in wanted.values() if owner == row}))
+            item = Forwarded(row, positions, tokens, member.length, outputs)
             computed = scope.forward(op.model.root_reference.data, LogicalRows((item,)))
-            known |= dict(zip(positions, computed))
-        logits[member.row] = known
-    wanted = [member for member in members if member.gets_token]
-    scope.logits = {member.row: logits[member.row][member.end - 1] for member in wanted}
+            logits |= {(row, at): value for at, value in zip(outputs, computed, strict=True)}
+    scope.logits = {row: logits[at] for row, at in wanted.items()}
     if not wanted:
         return torch.zeros(0, last_dim(op.result.type))
     return torch.stack(list(scope.logits.values()))
+
+
+def _computes_last(member: Member, by_row: dict[int, Member]) -> tuple[int, int]:
+    """(row, position) of the token that gives the member's logits: its own, or one of a leader up the chain."""
+    position = member.end - 1
+    while position < member.start:
+        member = by_row[member.leader]
+    return member.row, position
 
 
 def _leaders_first(members: Group) -> list[Member]:

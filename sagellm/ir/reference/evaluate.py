@@ -37,14 +37,17 @@ MEANINGS: dict[str, Callable] = {
 """Name of an operation -> `(scope, op, *operands)` to its result: nothing, one value, or a tuple."""
 
 
-def evaluate_weights(graph: IRGraph, read: Callable[[str], Tensor]) -> Weights:
-    """The runtime weights of each function, per layer. `read` gives a tensor of the checkpoint by name."""
+def evaluate_weights(graph: IRGraph, read: Callable[[str], Tensor], *, exact: bool = False) -> Weights:
+    """The runtime weights of each function, per layer. `read` gives a tensor of the checkpoint by name.
+
+    exact: bfloat16 and float16 are evaluated as float32, so that no rounding hides or fakes a difference.
+    """
     result: Weights = {}
     for name, load in graph.loads.items():
         first, count = load.first.value.data, load.count.value.data
         result[name] = []
         for layer in range(first, first + count):
-            scope = LoadScope(read, layer, last=layer == first + count - 1)
+            scope = LoadScope(read, layer, layer == first + count - 1, exact)
             _run(only_block(load), scope, ())
             result[name].append(scope.stored)
     return result
@@ -57,10 +60,11 @@ def evaluate_model(
     cache: Cache,
     *,
     function: str = "model",
+    exact: bool = False,
     observe: Observe | None = None,
 ) -> Tensor:
     """Logits float32 [R, V] of a function of the model graph. Keys and values are appended to `cache`."""
-    return _caller(graph, weights, cache, observe)(function, None, (rows,))[0]
+    return _caller(graph, weights, cache, exact, observe)(function, None, (rows,))[0]
 
 
 def evaluate_step(
@@ -70,6 +74,7 @@ def evaluate_step(
     batch: Batch,
     cache: Cache,
     *,
+    exact: bool = False,
     observe: Observe | None = None,
 ) -> StepResult:
     """What a batch graph does. `model` holds `@model` and `@sample`; `cache` holds every row's context and stays.
@@ -80,7 +85,7 @@ def evaluate_step(
     if step.step is None:
         raise UserError("the graph has no batch.step; accepted: a module with one")
     after = {row: dict(layers) for row, layers in cache.items()}
-    call = _caller(model, weights, after, observe)
+    call = _caller(model, weights, after, exact, observe)
     scope = StepScope(
         batch,
         after,
@@ -91,7 +96,9 @@ def evaluate_step(
     return StepResult(scope.logits, scope.tokens, after)
 
 
-def _caller(graph: IRGraph, weights: Weights, cache: Cache, observe: Observe | None) -> Callable:
+def _caller(
+    graph: IRGraph, weights: Weights, cache: Cache, exact: bool, observe: Observe | None
+) -> Callable[[str, int | None, Sequence[Any]], tuple]:
     """`call(function, layer, arguments)`: run a function of the graph with the weights of a layer."""
     functions, loads = graph.functions, graph.loads
 
@@ -102,7 +109,8 @@ def _caller(graph: IRGraph, weights: Weights, cache: Cache, observe: Observe | N
         if name in weights:
             first = loads[name].first.value.data if name in loads else 0
             own = weights[name][0 if layer is None else layer - first]
-        return _run(only_block(functions[name]), ModelScope(own, layer, cache, call), arguments, observe)
+        scope = ModelScope(own, layer, cache, call, exact)
+        return _run(only_block(functions[name]), scope, arguments, observe)
 
     return call
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from sagellm import random
 from sagellm.errors import UserError
-from sagellm.ir.attrs import dtype_name, last_dim
+from sagellm.ir.attrs import last_dim
 from sagellm.ir.dialects import nn
-from sagellm.ir.reference.values import DTYPES, How, LogicalRows, ModelScope
+from sagellm.ir.reference.values import How, LogicalRows, ModelScope, dtype_of
 
 COLDEST = 1e-6
 """Temperatures between 0 and this count as this, so that logits stay finite; the draw is the argmax by then."""
@@ -76,7 +76,7 @@ def silu_mul(scope: ModelScope, op: nn.SiluMul, x: Tensor) -> Tensor:
 
 
 def cast(scope: ModelScope, op: nn.Cast, x: Tensor) -> Tensor:
-    return x.to(DTYPES[dtype_name(op.result.type)])
+    return x.to(dtype_of(op.result.type, scope.exact))
 
 
 def rope_gather(scope: ModelScope, op: nn.RopeGather, rows: LogicalRows) -> Tensor:

@@ -11,10 +11,11 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 from xdsl.dialects.builtin import SymbolRefAttr
-from xdsl.ir import Operation
+from xdsl.ir import Attribute, Operation
 
 from sagellm.batch import Batch, Columns
 from sagellm.errors import UserError
+from sagellm.ir.attrs import dtype_name
 
 Cache = dict[int, dict[int, tuple[Tensor, Tensor]]]
 """Sequence row -> layer -> keys and values, each [positions, kv_heads, head_dim]."""
@@ -127,6 +128,12 @@ Group = list[Member]
 """A list, since a tuple of a meaning is several results."""
 
 
+def dtype_of(type_: Attribute, exact: bool) -> torch.dtype:
+    """The torch dtype of a tensor type; float32 for shorter ones where evaluation is `exact`."""
+    dtype = DTYPES[dtype_name(type_)]
+    return torch.float32 if exact and dtype.is_floating_point else dtype
+
+
 def alone(group: str, x: Tensor) -> tuple[int, list[Tensor]]:
     """The exchange of a group of one rank."""
     return 0, [x]
@@ -142,6 +149,7 @@ class ModelScope:
     cache: Cache
     call: Callable[[str, int | None, Sequence[Any]], tuple]
     """Call a function of the graph for a layer (None outside of layers)."""
+    exact: bool = False
     exchange: Callable[[str, Tensor], tuple[int, list[Tensor]]] = alone
     """This rank's number in a group, and the tensors that all its ranks bring to a collective."""
 
@@ -177,6 +185,7 @@ class LoadScope:
     layer: int
     last: bool
     """Is this the last layer of the program?"""
+    exact: bool = False
     stored: dict[str, Tensor] = field(factory=dict)
 
 

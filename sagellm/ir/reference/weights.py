@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sagellm.errors import UserError
-from sagellm.ir.attrs import dtype_name, last_dim
+from sagellm.ir.attrs import last_dim
 from sagellm.ir.dialects import weights
-from sagellm.ir.reference.values import DTYPES, LoadScope
+from sagellm.ir.reference.values import LoadScope, dtype_of
 
 
 def source_name(op: weights.Tensor, layer: int, last: bool) -> str:
@@ -25,7 +25,7 @@ def tensor(scope: LoadScope, op: weights.Tensor) -> Tensor:
     value, shape = scope.read(name), op.result.type.get_shape()
     if tuple(value.shape) != shape:
         raise UserError(f"tensor {name} has shape {list(value.shape)}; accepted: {list(shape)}")
-    return value.to(DTYPES[dtype_name(op.result.type)])
+    return value.to(dtype_of(op.result.type, scope.exact))
 
 
 def concat(scope: LoadScope, op: weights.Concat, *parts: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def rope_table(scope: LoadScope, op: weights.RopeTable) -> Tensor:
     frequencies, scale = _KINDS[op.kind.data](plain, dim, given)
     angles = torch.arange(positions).float()[:, None] * torch.tensor(frequencies, dtype=torch.float32)
     table = torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
-    return table.to(DTYPES[dtype_name(op.result.type)])
+    return table.to(dtype_of(op.result.type, scope.exact))
 
 
 def _default(plain: list[float], dim: int, given: dict[str, Any]) -> tuple[list[float], float]:

@@ -1,0 +1,39 @@
+# Two commands: `make run` answers a prompt with the built-in model, `make test` runs all that CI runs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROMPT ?= Once upon a time
+
+.PHONY: run test lint unit test-long bench clean
+
+run: $(VENV)/.run
+	$(BIN)/sagellm run "$(PROMPT)" --max-tokens 64
+
+test: lint unit
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+unit: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 tests examples
+
+test-long: $(VENV)/.test
+	SAGELLM_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 tests examples
+
+bench: $(VENV)/.test
+	$(BIN)/python tools/bench.py decode
+
+$(VENV)/.run: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.test: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	touch $@ $(VENV)/.run
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,152 @@
+"""Tokens and logprobs are those of Hugging Face transformers, on every architecture and variation served."""
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import continue_greedily, load_oracle, make_core, serve, tokens_of
+
+from sagellm.batch import SamplingParams
+
+pytest_plugins = ["checkpoints"]
+
+STEPS = 32
+NEAR_TIE = 1e-4
+"""Where the oracle's two best logits are closer than this, either token is right."""
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 8}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def rope(kind, **fields):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **fields}}
+
+
+VARIATIONS = {
+    "llama, grouped queries": ("LlamaForCausalLM", {}),
+    "llama, all heads": ("LlamaForCausalLM", {"num_key_value_heads": 4}),
+    "llama, one KV head": ("LlamaForCausalLM", {"num_key_value_heads": 1}),
+    "llama, tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "llama, attention bias": ("LlamaForCausalLM", {"attention_bias": True}),
+    "llama, mlp bias": ("LlamaForCausalLM", {"mlp_bias": True}),
+    "llama, wide heads": ("LlamaForCausalLM", {"head_dim": 32}),
+    "llama, sharded": ("LlamaForCausalLM", {"max_shard_size": "100KB"}),
+    "llama, linear rope": ("LlamaForCausalLM", rope("linear", factor=4.0)),
+    "llama, dynamic rope, within": ("LlamaForCausalLM", rope("dynamic", factor=4.0)),
+    "llama, dynamic rope, crossing": (
+        "LlamaForCausalLM",
+        {"max_position_embeddings": 40, **rope("dynamic", factor=4.0)},
+    ),
+    "llama, llama3 rope": (
+        "LlamaForCausalLM",
+        rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    ),
+    "llama, yarn": ("LlamaForCausalLM", rope("yarn", factor=8.0, original_max_position_embeddings=32)),
+    "mistral": ("MistralForCausalLM", {}),
+    "mistral, window": ("MistralForCausalLM", {"sliding_window": 8}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen2, tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen2, window from layer 1": ("Qwen2ForCausalLM", {**WINDOW, "max_window_layers": 1}),
+    "qwen2, yarn": ("Qwen2ForCausalLM", rope("yarn", factor=4.0, original_max_position_embeddings=64)),
+    "qwen3": ("Qwen3ForCausalLM", {}),
+    "qwen3, tied, wide heads": ("Qwen3ForCausalLM", {"tie_word_embeddings": True, "head_dim": 32}),
+    "qwen3, attention bias": ("Qwen3ForCausalLM", {"attention_bias": True}),
+    "qwen3, window in every other layer": (
+        "Qwen3ForCausalLM",
+        {**WINDOW, "num_hidden_layers": 4, "layer_types": [SLIDING, FULL, SLIDING, FULL]},
+    ),
+}
+SHORT = [
+    "llama, grouped queries",
+    "mistral, window",
+    "qwen2",
+    "qwen2, window from layer 1",
+    "qwen3",
+    "qwen3, window in every other layer",
+]
+"""One of each family, and the windows."""
+
+EVERY_PASS, NO_PASS = None, ""
+
+
+def some_tokens(count, seed):
+    return np.random.default_rng(seed).integers(0, 300, count).tolist()
+
+
+BEGINNING = some_tokens(19, 1)
+PROMPTS = [
+    some_tokens(1, 2),
+    some_tokens(7, 3),
+    BEGINNING,
+    BEGINNING,
+    BEGINNING + some_tokens(11, 4),
+    BEGINNING + some_tokens(23, 5),
+    BEGINNING[:5] + some_tokens(12, 6),
+    some_tokens(60, 7),
+]
+"""Of different lengths; one of a single token, two identical, five that begin alike."""
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoint):
+    """`oracle(variation)`: folder, and per prompt the tokens and logits of transformers, each generated alone."""
+    known = {}
+
+    def ask(variation):
+        if variation not in known:
+            architecture, fields = VARIATIONS[variation]
+            folder = checkpoint(architecture, **fields)
+            known[variation] = folder, [continue_greedily(folder, prompt, STEPS) for prompt in PROMPTS]
+        return known[variation]
+
+    return ask
+
+
+def agreed(ours, theirs, logits):
+    """How many tokens agree before the first near tie where they part; fails where they part without one."""
+    for at, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        if one != other:
+            best, second = logits[at].topk(2).values.tolist()
+            assert best - second <= NEAR_TIE, f"token {at} is {one}, transformers: {other}"
+            return at
+    return len(ours)
+
+
+@pytest.mark.parametrize("pipeline", [EVERY_PASS, NO_PASS], ids=["every pass", "no pass"])
+@pytest.mark.parametrize("variation", VARIATIONS)
+def test_a_mixed_batch_gives_the_tokens_of_transformers(oracle, variation, pipeline):
+    """The oracle generates each prompt alone, with its cache: rope that depends on a length sees that prompt's."""
+    folder, expected = oracle(variation)
+    ours = tokens_of(serve(make_core(folder, pipeline), PROMPTS, SamplingParams(max_tokens=STEPS)))
+    for one, (tokens, logits) in zip(ours, expected):
+        agreed(one, tokens, logits)
+
+
+@pytest.mark.parametrize("pipeline", [EVERY_PASS, NO_PASS], ids=["every pass", "no pass"])
+@pytest.mark.parametrize("variation", VARIATIONS)
+def test_a_prompt_alone_gives_the_tokens_of_transformers(oracle, variation, pipeline):
+    folder, expected = oracle(variation)
+    core = make_core(folder, pipeline)
+    for prompt, (tokens, logits) in list(zip(PROMPTS, expected))[3:]:
+        (ours,) = tokens_of(serve(core, [prompt], SamplingParams(max_tokens=STEPS)))
+        agreed(ours, tokens, logits)
+
+
+def record_logits(core):
+    """What the core's steps say before sampling: request id -> logits, one [V] a token."""
+    kept = {}
+    execute = core.execute
+
+    def recording(batch):
+        outcome = execute(batch)
+        for row, logits in zip(outcome.rows.tolist(), outcome.logits):
+            kept.setdefault(core.scheduler.requests[row].id, []).append(logits.clone())
+        return outcome
+
+    core.execute = recording
+    return kept
