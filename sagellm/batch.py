@@ -185,16 +185,25 @@ class Columns:
 
 
 class Batch:
-    """One step: which rows decode, which prefill. What passes decided about it are `facts`, by phase."""
+    """One step: which rows decode, which prefill.
 
-    __slots__ = ("columns", "decode", "facts", "prefill")
+    What passes decided is in the columns; the structure of it in `facts`, by phase; in words in `notes`, by pass.
+    """
+
+    __slots__ = ("columns", "decode", "facts", "notes", "prefill")
 
     def __init__(self, columns: Columns, decode: np.ndarray, prefill: np.ndarray):
         self.columns, self.decode, self.prefill = columns, decode, prefill
         self.facts: dict[Phase, tuple[str, ...]] = {}
+        self.notes: dict[str, str] = {}
 
     def rows(self, phase: Phase) -> np.ndarray:
         return self.decode if phase is Phase.DECODE else self.prefill
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that this step brings into the cache."""
+        return len(self.decode) + int(self.columns.new[self.prefill].sum())
 
     def table(self, phase: Phase) -> dict[str, np.ndarray]:
         """The group's values as a dump shows them."""

@@ -62,12 +62,17 @@ class EngineConfig:
     """Tokens of a sequence, prompt and output; None takes the model's."""
     kv_memory_fraction: float = field(default=0.3, validator=_fraction)
     """Part of the free memory that the KV cache may take."""
-    seed: int = 0
-    """Seed of requests that bring none."""
+    seed: int = field(default=0)
+    """Where requests without a seed get theirs: the same requests in the same order draw the same tokens."""
     record: Path | None = None
     """Folder where every step is written, to be run again by `sagellm replay`; None writes nothing."""
     verify: str = "weak"
     """Checks on a graph that is compiled: off, weak or full."""
+
+    @seed.validator
+    def _check_seed(self, attribute, value) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise UserError(f"seed is {value!r}; accepted: a whole number of at least 0")
 
     @max_length.validator
     def _check_max_length(self, attribute, value) -> None:

@@ -60,6 +60,36 @@ def ropes(draw, head_dim: int, original: int) -> RopeConfig:
     )
 
 
+def small_model(**fields) -> ModelConfig:
+    """Two layers, the second with a window; `fields` change it."""
+    small = {
+        "name": "small",
+        "architecture": "LlamaForCausalLM",
+        "vocab_size": 7,
+        "hidden_size": 8,
+        "intermediate_size": 6,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 4,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "rope": RopeConfig(rotary_dim=4, original_max_positions=MAX_POSITIONS),
+        "max_positions": MAX_POSITIONS,
+        "tie_embeddings": False,
+        "qkv_bias": False,
+        "o_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "windows": (None, 3),
+        "dtype": "float32",
+        "bos_token_id": None,
+        "eos_token_ids": (),
+        "pad_token_id": None,
+    }
+    return ModelConfig(**{**small, **fields})
+
+
 @st.composite
 def model_configs(draw, original: int = 8) -> ModelConfig:
     """1 to 4 layers; MHA, GQA or MQA; any bias, q/k norm, windows in any layers, tied or not, every kind of rope.
@@ -68,31 +98,23 @@ def model_configs(draw, original: int = 8) -> ModelConfig:
     """
     head_dim = draw(st.sampled_from([4, 8]))
     kv_heads, queries = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    window = st.sampled_from([None, None, 1, 3, 4])
-    return ModelConfig(
-        name="random",
-        architecture="LlamaForCausalLM",
+    layers, window = draw(st.integers(1, 4)), st.sampled_from([None, None, 1, 3, 4])
+    return small_model(
         vocab_size=draw(st.integers(5, 12)),
         hidden_size=draw(st.sampled_from([4, 8, 12])),
         intermediate_size=draw(st.sampled_from([6, 10])),
-        num_layers=(layers := draw(st.integers(1, 4))),
+        num_layers=layers,
         num_heads=kv_heads * queries,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=draw(st.sampled_from([1e-6, 1e-2])),
-        hidden_act="silu",
         rope=draw(ropes(head_dim, original)),
-        max_positions=MAX_POSITIONS,
         tie_embeddings=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),
         o_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
         windows=tuple(draw(st.lists(window, min_size=layers, max_size=layers))),
-        dtype="float32",
-        bos_token_id=None,
-        eos_token_ids=(),
-        pad_token_id=None,
     )
 
 

@@ -122,7 +122,8 @@ def summary(engine: SageLLMEngine, results: list[GenerateResult]) -> None:
     made = sum(len(r.token_ids) for r in results)
     click.echo(f"\n{made} tokens; TTFT {ttft:.1f} ms, TPOT {tpot}", err=True)
     click.echo(
-        f"prompt tokens {counters.prompt}, forwarded {counters.forwarded} tokens in {counters.steps} steps; "
+        f"prompt tokens {counters.prompt}, of which {counters.shared} shared; forwarded {counters.forwarded} tokens "
+        f"in {counters.steps} steps; "
         f"plan cache {engine.core.compiler.counts.hits} hits, {engine.core.compiler.counts.misses} misses",
         err=True,
     )

@@ -45,6 +45,8 @@ class Counters:
     """Tokens that went through the model."""
     prompt: int = 0
     """Prompt tokens of the requests that began."""
+    shared: int = 0
+    """Prompt tokens that did not, because another sequence of the step computed them."""
     generated: int = 0
     remarks: Counter = field(factory=Counter)
     """(pass, applied) -> how often, over the steps executed and the models compiled."""
@@ -57,7 +59,6 @@ class EngineCore(Planner):
         super().__init__(config)
         self.counters = Counters()
         self._counted: set[tuple[str, ...]] = set()
-        self._rows: dict[str, int] = {}
         compiled = self.compiler.model(("prefill",))
         expected = expected_tensors(compiled.graph)
         self.weights: SimpleNamespace = load_weights(
@@ -88,10 +89,11 @@ class EngineCore(Planner):
             if entry[0].id == request_id:
                 self.scheduler.waiting.remove(entry)
                 return True
-        if request_id not in self._rows:
-            return False
-        self.scheduler.finish(self._rows.pop(request_id))
-        return True
+        for row, request in self.scheduler.requests.items():
+            if request.id == request_id:
+                self.scheduler.finish(row)
+                return True
+        return False
 
     def execute(self, batch: Batch) -> StepOutcome:
         """Stages lower, execute and commit."""
@@ -102,15 +104,17 @@ class EngineCore(Planner):
             finish(outcome)
         self.counters.steps += 1
         self.counters.forwarded += outcome.forwarded
+        self.counters.shared += batch.new_tokens - outcome.forwarded
         self.counters.remarks.update((r.pass_name, r.done) for r in step.remarks)
         return outcome
 
     def step(self) -> list[TokenEvent]:
-        """One step of the engine; its token events."""
+        """One step of the engine; its token events, none where there is nothing to do."""
+        if not self.busy:
+            return []
         batch = self.schedule()
-        for row in batch.prefill[self.columns.context[batch.prefill] == 0].tolist():
-            self._rows[self.scheduler.requests[row].id] = row
-            self.counters.prompt += int(self.columns.prompt[row])
+        began = batch.prefill[self.columns.context[batch.prefill] == 0]
+        self.counters.prompt += int(self.columns.prompt[began].sum())
         outcome = self.execute(batch)
         return [self._event(i, outcome) for i in range(len(outcome.rows))]
 
@@ -130,5 +134,4 @@ class EngineCore(Planner):
             top = tuple(listed)
         if reason is not None:
             self.scheduler.finish(row)
-            del self._rows[request.id]
         return TokenEvent(request.id, produced - 1, token, reason, logprob, top)

@@ -56,6 +56,7 @@ class _Stream:
     result: GenerateResult
     began: float
     first: float = 0.0
+    unread: list[TextEvent] = field(factory=list)
 
 
 class SageLLMEngine:
@@ -96,20 +97,19 @@ class SageLLMEngine:
         if some and all(isinstance(p, int) for p in some):
             some = [some]
         ids = self._submit(some, sampling)
-        finished: dict[str, GenerateResult] = {}
-        for event in self._events(ids):
-            if event.finish_reason:
-                finished[event.request_id] = self._streams.pop(event.request_id).result
-        return [finished[i] for i in ids]
+        results = [self._streams[i].result for i in ids]
+        for _ in self._events(ids):
+            pass
+        return results
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[TextEvent]:
         """One prompt's output as it comes. The stream's result is `last_result` afterwards."""
         (request_id,) = self._submit([prompt], sampling)
+        result = self._streams[request_id].result
         try:
             yield from self._events([request_id])
         finally:
-            self.core.abort(request_id)
-            self.last_result = self._streams.pop(request_id).result
+            self.last_result = result
 
     def chat(self, messages: list[dict], sampling: SamplingParams | None = None) -> GenerateResult:
         """One answer to a conversation, with the model's chat template."""
@@ -151,14 +151,22 @@ class SageLLMEngine:
         return ids
 
     def _events(self, ids: Sequence[str]) -> Iterator[TextEvent]:
-        """Steps until these requests are finished."""
-        open_ids = set(ids)
-        while open_ids:
-            for token in self.core.step():
-                event = self._text(token)
-                if event.finish_reason:
-                    open_ids.discard(event.request_id)
-                yield event
+        """These requests' events until all are finished. Steps serve all requests: others' events wait, unread."""
+        streams = {i: self._streams[i] for i in ids}
+        try:
+            while streams:
+                if not any(stream.unread for stream in streams.values()):
+                    for token in self.core.step():
+                        self._streams[token.request_id].unread.append(self._text(token))
+                for request_id, stream in list(streams.items()):
+                    events, stream.unread = stream.unread, []
+                    if events and events[-1].finish_reason:
+                        del streams[request_id]
+                    yield from events
+        finally:
+            for request_id in ids:
+                self.core.abort(request_id)
+                del self._streams[request_id]
 
     def _text(self, event: TokenEvent) -> TextEvent:
         stream = self._streams[event.request_id]

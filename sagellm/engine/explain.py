@@ -32,6 +32,7 @@ class Explanation:
 def explain(planner: Planner, batch: Batch, verify: str = "full") -> Explanation:
     """Compile a batch whose passes have decided, keeping every stage. Nothing is executed."""
     context = PassContext(planner.backend.capability)
+    context.remarks.extend(Remark(name, True, "this batch", note) for name, note in batch.notes.items())
     pipeline = planner.pipeline
     step = step_graph(lower(batch, planner.model.vocab_size))
     phases = [Phase("lowered", step.clone(), 0.0)]

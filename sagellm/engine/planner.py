@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+
 from sagellm import backends, passes
 from sagellm.backends.base import Backend
 from sagellm.batch import Batch, Columns, Request
@@ -44,6 +46,7 @@ class Planner:
             self.columns.alike_up_to = self.model.rope.original_max_positions
         self.pool = BlockPool(self._block_count())
         self.scheduler = Scheduler(self.columns, self.pool, config.max_batched_tokens)
+        self._seeds = np.random.default_rng(config.seed)
 
     def _max_length(self) -> int:
         asked, limit = self.config.max_length, self.model.max_positions
@@ -71,8 +74,8 @@ class Planner:
         for token in request.prompt:
             if not 0 <= token < self.model.vocab_size:
                 raise UserError(f"token id {token} in the prompt; accepted: 0 to {self.model.vocab_size - 1}")
-        seed = self.config.seed if request.sampling.seed is None else request.sampling.seed
-        self.scheduler.submit(request, seed)
+        seed = request.sampling.seed
+        self.scheduler.submit(request, int(self._seeds.integers(2**63)) if seed is None else seed)
 
     def _known(self, request_id: str) -> bool:
         requests = [*self.scheduler.requests.values(), *(waiting for waiting, _ in self.scheduler.waiting)]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 
-from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
+from xdsl.dialects.builtin import ModuleOp, StringAttr, SymbolRefAttr
 from xdsl.ir import Block, Operation
 from xdsl.irdl import VarOperandDef
 from xdsl.utils.exceptions import VerifyException
 
 from sagellm.errors import UserError
 from sagellm.ir.dialects import batch, nn, weights
-from sagellm.ir.edit import maker, only_block, operations, symbol_name
+from sagellm.ir.edit import maker, only_block, operations
 
 
 def verify(module: ModuleOp, level: str = "full") -> None:
@@ -35,7 +35,7 @@ def verify(module: ModuleOp, level: str = "full") -> None:
 
 def _body(op: Operation) -> Block:
     if len(op.regions) != 1 or len(op.regions[0].blocks) != 1:
-        raise UserError(f"{op.name}: wants one region with one block, which is not empty")
+        raise UserError(f"{describe(op)}: wants one region with one block, which is not empty")
     return only_block(op)
 
 
@@ -123,11 +123,14 @@ def weight_names(op: Operation) -> list[str]:
 
 
 def describe(op: Operation) -> str:
-    """`%q = nn.linear` or `nn.kv_write (operation 7 of @layers)`: enough to find the operation in a dump."""
+    """`nn.func @layers` or `%q = nn.linear (operation 7 of @layers)`: enough to find the operation in a dump."""
+    if isinstance(name := op.properties.get("sym_name"), StringAttr):
+        return f"{op.name} @{name.data}"
     names = ", ".join(f"%{r.name_hint}" for r in op.results if r.name_hint)
     text = f"{names} = {op.name}" if names else op.name
     function = op.parent_op()
-    if function is None or "sym_name" not in function.properties:
+    name = function and function.properties.get("sym_name")
+    if function is None or not isinstance(name, StringAttr):
         return text
     index = next(i for i, other in enumerate(operations(only_block(function)), 1) if other is op)
-    return f"{text} (operation {index} of @{symbol_name(function)})"
+    return f"{text} (operation {index} of @{name.data})"

@@ -104,7 +104,9 @@ class IRGraph:
         try:
             return cls(Parser(context(), text, name).parse_module())
         except ParseError as error:
-            raise _misread(name, text, error.span.start, error.msg.strip().splitlines()[0]) from error
+            message = error.msg.strip().splitlines()[0]
+            message = "an operation or '}' expected" if message == "in block definition" else message
+            raise _misread(name, text, error.span.start, message) from error
         except (VerifyException, ValueError) as error:
             raise UserError(f"{name}: {str(error).strip().splitlines()[0]}") from error
 

@@ -11,7 +11,15 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
-from xdsl.dialects.builtin import ArrayAttr, FloatAttr, IntegerAttr, StringAttr, SymbolRefAttr, UnitAttr
+from xdsl.dialects.builtin import (
+    ArrayAttr,
+    DictionaryAttr,
+    FloatAttr,
+    IntegerAttr,
+    StringAttr,
+    SymbolRefAttr,
+    UnitAttr,
+)
 from xdsl.ir import Attribute, SSAValue
 from xdsl.irdl import IRDLOperation
 from xdsl.parser import Parser
@@ -77,11 +85,7 @@ class SageOp(IRDLOperation):
         if (missing := next(symbols, None)) is not None:
             parser.raise_error(f"{cls.name} wants the symbol of its {missing}, such as @name")
         if parser.parse_optional_punctuation("{") is not None:
-            while parser.parse_optional_punctuation("}") is None:
-                name = parser.parse_identifier(" as a property's name")
-                given = parser.parse_optional_punctuation("=")
-                properties[name] = FLAG if given is None else _parse_value(parser)
-                parser.parse_optional_punctuation(",")
+            properties |= _parse_properties(parser)
         unknown = set(properties) - set(cls.get_irdl_definition().properties)
         if unknown:
             accepted = ", ".join(cls.get_irdl_definition().properties) or "none"
@@ -136,8 +140,23 @@ def _print_value(printer: Printer, value: Attribute) -> None:
             printer.print_string("[")
             printer.print_list(value.data, lambda item: _print_value(printer, item))
             printer.print_string("]")
+        case DictionaryAttr():
+            printer.print_string("{")
+            printer.print_list(value.data.items(), lambda item: _print_property(printer, *item))
+            printer.print_string("}")
         case _:
             printer.print_attribute(value)
+
+
+def _parse_properties(parser: Parser) -> dict[str, Attribute]:
+    """`name = value, flag}`: what stands behind an opening brace."""
+    properties: dict[str, Attribute] = {}
+    while parser.parse_optional_punctuation("}") is None:
+        name = parser.parse_identifier(" as a property's name")
+        given = parser.parse_optional_punctuation("=")
+        properties[name] = FLAG if given is None else _parse_value(parser)
+        parser.parse_optional_punctuation(",")
+    return properties
 
 
 def _parse_value(parser: Parser) -> Attribute:
@@ -147,6 +166,8 @@ def _parse_value(parser: Parser) -> Attribute:
             items.append(_parse_value(parser))
             parser.parse_optional_punctuation(",")
         return ArrayAttr(items)
+    if parser.parse_optional_punctuation("{") is not None:
+        return DictionaryAttr(_parse_properties(parser))
     if (name := parser.parse_optional_symbol_name()) is not None:
         return symbol(name.data)
     if (text := parser.parse_optional_str_literal()) is not None:

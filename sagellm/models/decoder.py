@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from attrs import asdict, frozen
+from attrs import frozen
 from xdsl.dialects.builtin import DictionaryAttr
 from xdsl.ir import Attribute, SSAValue
 
@@ -18,6 +18,15 @@ from sagellm.ir.build import Body, attribute, load_program
 from sagellm.ir.dialects import nn, weights
 from sagellm.ir.graph import IRGraph
 from sagellm.models.config import ModelConfig
+
+ROPE_PARAMETERS = ("theta", "rotary_dim", "original_max_positions")
+MORE_ROPE_PARAMETERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+}
+"""Fields of `RopeConfig` that a kind of rope table depends on."""
 
 WARPS = (("draw", nn.Temperature), ("top_k", nn.TopK), ("top_p", nn.TopP), ("min_p", nn.MinP))
 """Sampling stages and their operation, in transformers' order; penalties come before, the draw after."""
@@ -198,10 +207,13 @@ class _Builder:
         self.weight(body, "embed_tokens", "model.embed_tokens.weight", c.vocab_size, c.hidden_size)
         self.weight(body, "first_norm", "model.layers.0.input_layernorm.weight", c.hidden_size)
         if c.rope.kind != "dynamic":
+            values = {
+                name: getattr(c.rope, name) for name in (*ROPE_PARAMETERS, *MORE_ROPE_PARAMETERS[c.rope.kind])
+            }
             parameters = {
                 name: attribute("", int(v) if isinstance(v, bool) else v)
-                for name, v in asdict(c.rope).items()
-                if name != "kind" and v is not None
+                for name, v in values.items()
+                if v is not None
             }
             table = body(
                 weights.RopeTable,

@@ -2,6 +2,7 @@
 
 import cProfile
 import pstats
+from dataclasses import dataclass
 
 import attrs
 import numpy as np
@@ -9,16 +10,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Pool, batches, every_kernel, examples, prompts
+from strategies import Pool, batches, every_kernel, examples, prompts, small_model
 
 from sagellm.batch import Batch, Columns, Phase, Request, SamplingParams
 from sagellm.ir.attrs import Table, TableAttr
+from sagellm.ir.dialects import batch as b
 from sagellm.ir.graph import fingerprint
 from sagellm.ir.lower import lower, step_graph
 from sagellm.ir.reference import evaluate_step, evaluate_weights
-from sagellm.models.config import ModelConfig, RopeConfig
 from sagellm.models.decoder import build_model, build_sampler
 from sagellm.passes import pipeline
+from sagellm.passes.driver import Pass, Pipeline, rewrites
 from sagellm.passes.prefix_dedup import PrefixDedup
 from sagellm.rows import Rows, build_rows
 from sagellm.testing.inputs import context_cache, random_tensors
@@ -142,38 +144,13 @@ def _start(c: Columns, row: int, rows: Rows) -> int:
     return c.context[row] + (c.shared[row] if c.leader[row] >= 0 else 0)
 
 
-MODEL = ModelConfig(
-    name="small",
-    architecture="LlamaForCausalLM",
-    vocab_size=VOCAB,
-    hidden_size=8,
-    intermediate_size=6,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=4,
-    rms_norm_eps=1e-6,
-    hidden_act="silu",
-    rope=RopeConfig(rotary_dim=4, original_max_positions=64),
-    max_positions=64,
-    tie_embeddings=False,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    windows=(None, 3),
-    dtype="float32",
-    bos_token_id=None,
-    eos_token_ids=(),
-    pad_token_id=None,
-)
-
-
 @examples(25)
 @given(batches(VOCAB))
 def test_groups_mean_what_an_operation_per_request_means(batch):
     stages = ("penalties", "draw", "top_k", "top_p", "min_p")
-    model = build_model(MODEL, "float32", ("prefill",)).merged(build_sampler(VOCAB, stages))
+    model = build_model(small_model(vocab_size=VOCAB), "float32", ("prefill",)).merged(
+        build_sampler(VOCAB, stages)
+    )
     weights = evaluate_weights(model, random_tensors(model))
     cache = context_cache(model, weights, batch)
     passes, context = pipeline("prefix-dedup"), every_kernel()
@@ -277,11 +254,6 @@ def test_a_sealed_table_gives_no_values():
 
 
 def test_tables_are_sealed_while_passes_run():
-    from dataclasses import dataclass
-
-    from sagellm.ir.dialects import batch as b
-    from sagellm.passes.driver import Pass, Pipeline, rewrites
-
     @dataclass(frozen=True)
     class Curious(Pass):
         name = "curious"

@@ -94,11 +94,11 @@ builtin.module {
 }
 
 // -----
-// A matrix that is used a second time cannot become part of another; one that nobody stores cannot be joined.
+// A matrix that is used a second time cannot become part of another; one that is not a plain tensor of the checkpoint cannot be joined.
 
 // CHECK: declined at %q = nn.linear (operation 1 of @twice): @q_proj + @q_proj: @q_proj is used 2 times
-// CHECK: declined at %q = nn.linear (operation 1 of @nowhere): @q_proj + @k_proj: the weights program does not store @q_proj
-// CHECK: declined at %q = nn.linear (operation 1 of @packed): @q_proj + @k_proj: @q_proj is weights.pack, not a tensor of the checkpoint
+// CHECK: declined at %q = nn.linear (operation 1 of @nowhere): @q_proj + @k_proj: the module has no weights program for @nowhere
+// CHECK: declined at %q = nn.linear (operation 1 of @packed): @q_proj + @k_proj: @q_proj is computed, not a tensor of the checkpoint
 // CHECK-NOT: nn.split
 
 builtin.module {
@@ -116,6 +116,10 @@ builtin.module {
     %q = nn.linear %h, @q_proj : tensor<?x8xf32>
     %k = nn.linear %h, @k_proj : tensor<?x8xf32>
     nn.return %q, %k
+  }
+  weights.load @load.twice layers 0 to 1 {
+    %q_proj = weights.tensor {source = "q_proj.weight"} : tensor<8x8xf32>
+    weights.store %q_proj, @q_proj
   }
   weights.load @load.packed layers 0 to 1 {
     %q_proj = weights.tensor {source = "q_proj.weight"} : tensor<8x8xf32>

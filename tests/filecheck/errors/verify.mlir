@@ -1,0 +1,117 @@
+// RUN: sagellm opt %s --split-input-file --verify-diagnostics | filecheck %s
+// RUN: sagellm opt %s --split-input-file --verify-diagnostics --verify weak | filecheck %s --check-prefix WEAK
+// RUN: sagellm opt %s --split-input-file --verify off | filecheck %s --check-prefix OFF
+
+// Text that can be read but means nothing: one line that names the operation. `weak` looks at operand counts,
+// required properties and definitions; `full` at types, symbols and weights too.
+
+// CHECK: verify.mlir (module from line {{[0-9]+}}): %y = nn.add (operation 1 of @arity): has 1 operands, wants 2
+// WEAK: %y = nn.add (operation 1 of @arity): has 1 operands, wants 2
+// OFF: nn.func @arity
+builtin.module {
+  nn.func @arity(%x: tensor<?x8xf32>) -> tensor<?x8xf32> {
+    %y = nn.add %x : tensor<?x8xf32>
+    nn.return %y
+  }
+}
+
+// -----
+// CHECK: %h = nn.rms_norm (operation 1 of @property): lacks the property eps
+// WEAK: %h = nn.rms_norm (operation 1 of @property): lacks the property eps
+// OFF: nn.func @property
+builtin.module {
+  nn.func @property(%x: tensor<?x8xf32>) -> tensor<?x8xf32> {
+    %h = nn.rms_norm %x, @norm : tensor<?x8xf32>
+    nn.return %h
+  }
+}
+
+// -----
+// The generic syntax can name a value that comes later.
+// CHECK: %y = nn.silu (operation 1 of @order): uses a value before it is defined (made by nn.silu)
+// WEAK: %y = nn.silu (operation 1 of @order): uses a value before it is defined (made by nn.silu)
+// OFF: nn.func @order
+builtin.module {
+  nn.func @order(%x: tensor<?x8xf32>) -> tensor<?x8xf32> {
+    %y = "nn.silu"(%z) : (tensor<?x8xf32>) -> tensor<?x8xf32>
+    %z = "nn.silu"(%x) : (tensor<?x8xf32>) -> tensor<?x8xf32>
+    nn.return %z
+  }
+}
+
+// -----
+// CHECK: %y = nn.add (operation 1 of @types): nn.add wants one type for both inputs and the result
+// WEAK: nn.func @types
+builtin.module {
+  nn.func @types(%x: tensor<?x8xf32>) -> tensor<?x4xf32> {
+    %y = nn.add %x, %x : tensor<?x4xf32>
+    nn.return %y
+  }
+}
+
+// -----
+// CHECK: %a, %b = nn.split (operation 1 of @sizes): nn.split of 8 into [4, 3] does not fit its results
+// WEAK: nn.func @sizes
+builtin.module {
+  nn.func @sizes(%x: tensor<?x8xf32>) -> (tensor<?x4xf32>, tensor<?x4xf32>) {
+    %a, %b = nn.split %x {sizes = [4, 3]} : tensor<?x4xf32>, tensor<?x4xf32>
+    nn.return %a, %b
+  }
+}
+
+// -----
+// CHECK: nn.func @result: nn.return and the function's type differ
+// WEAK: nn.func @result
+builtin.module {
+  nn.func @result(%x: tensor<?x8xf32>) -> tensor<?x4xf32> {
+    nn.return %x
+  }
+}
+
+// -----
+// CHECK: %y = nn.linear (operation 1 of @kinds): 4 : i64 should be of base attribute string
+// WEAK: nn.func @kinds
+builtin.module {
+  nn.func @kinds(%x: tensor<?x8xf32>) -> tensor<?x8xf32> {
+    %y = nn.linear %x, @w {layout = 4} : tensor<?x8xf32>
+    nn.return %y
+  }
+}
+
+// -----
+// CHECK: %y = nn.call (operation 1 of @caller): no function @missing; accepted: @caller
+// WEAK: nn.func @caller
+builtin.module {
+  nn.func @caller(%x: tensor<?x8xf32>) -> tensor<?x8xf32> {
+    %y = nn.call %x, @missing : tensor<?x8xf32>
+    nn.return %y
+  }
+}
+
+// -----
+// CHECK: %y = nn.linear (operation 1 of @layer): no weight @b_proj in @layer; accepted: @a_proj
+// WEAK: nn.func @layer
+builtin.module {
+  nn.func @layer(%x: tensor<?x8xf32>) -> tensor<?x8xf32> {
+    %y = nn.linear %x, @b_proj : tensor<?x8xf32>
+    nn.return %y
+  }
+  weights.load @load.layer layers 0 to 1 {
+    %a_proj = weights.tensor {source = "a_proj.weight"} : tensor<8x8xf32>
+    weights.store %a_proj, @a_proj
+  }
+}
+
+// -----
+// CHECK: nn.silu at the top of a module; accepted: batch.step, nn.func, weights.load
+// WEAK: nn.silu at the top of a module; accepted: batch.step, nn.func, weights.load
+builtin.module {
+  nn.silu
+}
+
+// -----
+// CHECK: nn.func @empty: wants one region with one block, which is not empty
+// WEAK: nn.func @empty: wants one region with one block, which is not empty
+builtin.module {
+  nn.func @empty()
+}
