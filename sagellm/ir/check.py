@@ -18,11 +18,7 @@ def verify(module: ModuleOp, level: str = "full") -> None:
     """Raise `UserError` naming the first operation that is wrong. Levels: `off`, `weak`, `full`."""
     if level == "off":
         return
-    for function in _body(module).ops:
-        if not isinstance(function, (batch.Step, nn.Func, weights.Load)):
-            raise UserError(
-                f"{function.name} at the top of a module; accepted: batch.step, nn.func, weights.load"
-            )
+    for function in outline(module):
         _verify_block(function)
     if level != "full":
         return
@@ -31,6 +27,18 @@ def verify(module: ModuleOp, level: str = "full") -> None:
     except VerifyException as error:
         raise UserError(f"{_culprit(module)}: {' '.join(str(error).split())}") from error
     _verify_symbols(module)
+
+
+def outline(module: ModuleOp) -> list[Operation]:
+    """The step, functions and loads of a module, each with its block: what everything else takes for granted."""
+    functions = list(_body(module).ops)
+    for function in functions:
+        if not isinstance(function, (batch.Step, nn.Func, weights.Load)):
+            raise UserError(
+                f"{function.name} at the top of a module; accepted: batch.step, nn.func, weights.load"
+            )
+        _body(function)
+    return functions
 
 
 def _body(op: Operation) -> Block:
@@ -60,7 +68,7 @@ def _shape(kind: type[Operation]) -> tuple[int, bool, frozenset[str]]:
 
 
 def _verify_block(function: Operation) -> None:
-    block = _body(function)
+    block = only_block(function)
     defined = {id(argument) for argument in block.args}
     for op in operations(block):
         wanted, variadic, required = _shape(type(op))

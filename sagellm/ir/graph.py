@@ -17,7 +17,7 @@ from xdsl.utils.exceptions import ParseError, VerifyException
 
 from sagellm.errors import UserError, unknown
 from sagellm.ir.attrs import TableAttr
-from sagellm.ir.check import describe, verify
+from sagellm.ir.check import describe, outline, verify
 from sagellm.ir.dialects import batch, context, nn, weights
 from sagellm.ir.edit import only_block, operations, symbol_name
 from sagellm.ir.syntax import SageOp
@@ -102,7 +102,9 @@ class IRGraph:
         if (at := _LITERALS.sub(lambda m: " " * len(m[0]), text).find('"')) >= 0:
             raise _misread(name, text, at, "a string that is not closed, or has an unknown escape")
         try:
-            return cls(Parser(context(), text, name).parse_module())
+            module = Parser(context(), text, name).parse_module()
+            outline(module)
+            return cls(module)
         except ParseError as error:
             message = error.msg.strip().splitlines()[0]
             message = "an operation or '}' expected" if message == "in block definition" else message

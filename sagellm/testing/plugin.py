@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -54,10 +55,9 @@ class RunLine(pytest.Item):
         run(self.line, self.path)
 
     def repr_failure(self, excinfo, style=None):
-        where = f"{os.path.relpath(self.path)}:{self.number}"
-        if isinstance(excinfo.value, RunFailed):
-            return f"{where}: RUN: {self.line}\n{excinfo.value}"
-        return f"{where}: RUN: {self.line}\n{excinfo.getrepr(style='short')}"
+        if not isinstance(excinfo.value, RunFailed):
+            return super().repr_failure(excinfo, style)
+        return f"{os.path.relpath(self.path)}:{self.number}: RUN: {self.line}\n{excinfo.value}"
 
     def reportinfo(self):
         return self.path, self.number - 1, f"RUN: {self.line}"
@@ -121,7 +121,10 @@ def _commands(line: str, path: Path) -> Iterable[list[str]]:
 def _sagellm(arguments: list[str], stdin: str, merge: bool) -> tuple[int, str, str]:
     from sagellm.cli import capture
 
-    outcome = capture(arguments, stdin, merge=merge)
+    try:
+        outcome = capture(arguments, stdin, merge=merge)
+    except Exception as error:  # a bug, here or in a pass; `not` does not want this either
+        raise RunFailed(f"`sagellm {shlex.join(arguments)}` crashed\n{traceback.format_exc()}") from error
     return outcome.code, outcome.stdout, outcome.stderr or outcome.stdout
 
 
@@ -139,6 +142,6 @@ def _filecheck(arguments: list[str], text: str) -> tuple[int, str]:
             options = parse_argv_options(["filecheck", *arguments])
             source = FInput("<output>", text) if options.input_file == "-" else FInput.from_opts(options)
             code = Matcher(options, source, Parser.from_opts(options)).run()
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, re.error) as error:
             raise RunFailed(f"filecheck {shlex.join(arguments)}: {error}") from error
     return code, f"{said.getvalue().rstrip()}\n--- what it read ---\n{text.rstrip()}\n---"

@@ -5,7 +5,7 @@
 // Text that can be read but means nothing: one line that names the operation. `weak` looks at operand counts,
 // required properties and definitions; `full` at types, symbols and weights too.
 
-// CHECK: verify.mlir (module from line {{[0-9]+}}): %y = nn.add (operation 1 of @arity): has 1 operands, wants 2
+// CHECK: verify.mlir: %y = nn.add (operation 1 of @arity): has 1 operands, wants 2
 // WEAK: %y = nn.add (operation 1 of @arity): has 1 operands, wants 2
 // OFF: nn.func @arity
 builtin.module {
@@ -16,7 +16,7 @@ builtin.module {
 }
 
 // -----
-// CHECK: %h = nn.rms_norm (operation 1 of @property): lacks the property eps
+// CHECK: verify.mlir (module from line {{[0-9]+}}): %h = nn.rms_norm (operation 1 of @property): lacks the property eps
 // WEAK: %h = nn.rms_norm (operation 1 of @property): lacks the property eps
 // OFF: nn.func @property
 builtin.module {
