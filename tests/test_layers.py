@@ -14,7 +14,7 @@ LAYERS = [
     {"backends"},
     {"compiler", "runtime"},
     {"engine"},
-    {"cli", "testing"},
+    {"cli", "testing", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 XDSL = {"ir", "passes", "testing", "models/decoder.py", "backends/emit.py", "backends/step.py", "engine/explain.py"}

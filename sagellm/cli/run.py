@@ -62,12 +62,13 @@ def load(settings: dict, record: Path | None) -> SageLLMEngine:
     from rich.progress import BarColumn, Progress, TextColumn
 
     console = Console(stderr=True)
-    with Progress(
-        TextColumn("loading {task.description}"), BarColumn(), console=console, transient=True
-    ) as bar:
-        task = bar.add_task(settings["model"], total=None, visible=console.is_terminal)
+    settings = {"device" if name == "target" else name: value for name, value in settings.items()}
+    if not console.is_terminal:
+        return SageLLMEngine(**settings, record=record)
+    with Progress(TextColumn("loading {task.description}"), BarColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(settings["model"], total=None)
         return SageLLMEngine(
-            **{"device" if k == "target" else k: v for k, v in settings.items()},
+            **settings,
             record=record,
             progress=lambda what, done, of: bar.update(task, completed=done, total=of),
         )

@@ -85,9 +85,8 @@ class Pass:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value != f.default:
-                options.append(
-                    f"{f.name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}"
-                )
+                text = f'"{value}"' if isinstance(value, str) else str(value).lower()
+                options.append(f"{f.name.replace('_', '-')}={text}")
         return f"{self.name}{{{' '.join(options)}}}" if options else self.name
 
 
@@ -181,8 +180,18 @@ def _build(kind: type[Pass], given: dict[str, Any]) -> Pass:
     return kind(**values)
 
 
+OPTION_TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+def _type_name(option: dataclasses.Field) -> str:
+    """`int`, whether or not the module postpones the evaluation of annotations."""
+    return option.type if isinstance(option.type, str) else option.type.__name__
+
+
 def _option(kind: type[Pass], option: dataclasses.Field, values: Sequence[Any]) -> Any:
-    wanted = {"int": int, "float": float, "str": str, "bool": bool}[str(option.type)]
+    wanted = OPTION_TYPES.get(_type_name(option))
+    if wanted is None:
+        raise unknown(f"type of option {option.name} of pass {kind.name}", _type_name(option), OPTION_TYPES)
     value = True if wanted is bool and not values else values[0] if len(values) == 1 else None
     if wanted is float and isinstance(value, int):
         value = float(value)
@@ -195,4 +204,4 @@ def _option(kind: type[Pass], option: dataclasses.Field, values: Sequence[Any]) 
 def options(kind: type[Pass]) -> Iterator[tuple[str, str, Any]]:
     """(name, type, default) of each option."""
     for f in dataclasses.fields(kind):
-        yield f.name.replace("_", "-"), str(f.type), f.default
+        yield f.name.replace("_", "-"), _type_name(f), f.default

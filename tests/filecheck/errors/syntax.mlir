@@ -80,6 +80,12 @@ builtin.module {
 }
 
 // -----
+// CHECK: syntax.mlir: nn.silu at the top of a module; accepted: batch.step, nn.func, weights.load
+builtin.module {
+  nn.silu
+}
+
+// -----
 // CHECK: nn.func @fine
 builtin.module {
   nn.func @fine() {

@@ -101,17 +101,3 @@ builtin.module {
     weights.store %a_proj, @a_proj
   }
 }
-
-// -----
-// CHECK: nn.silu at the top of a module; accepted: batch.step, nn.func, weights.load
-// WEAK: nn.silu at the top of a module; accepted: batch.step, nn.func, weights.load
-builtin.module {
-  nn.silu
-}
-
-// -----
-// CHECK: nn.func @empty: wants one region with one block, which is not empty
-// WEAK: nn.func @empty: wants one region with one block, which is not empty
-builtin.module {
-  nn.func @empty()
-}
