@@ -3,7 +3,7 @@
 // RUN:     | filecheck %s --check-prefix PADDED
 
 // CHECK: // drop-identity: applied at %last = nn.select_outputs (operation 1 of @head): every row of a decode step gets a token
-// CHECK-NEXT: // drop-identity: applied at %same = nn.cast (operation 2 of @head): the value has this type already
+// CHECK-NEXT: // drop-identity: applied at %same = nn.cast (operation 1 of @head): the value has this type already
 // CHECK-NEXT: // drop-identity: declined at %last = nn.select_outputs (operation 1 of @mixed): not every row of decode and prefill gets a token
 // CHECK: nn.func @head
 // CHECK-NEXT: %logits = nn.linear %h, @lm_head : tensor<?x32xbf16>

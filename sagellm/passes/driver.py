@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
 from attrs import define, field, frozen
@@ -193,8 +194,9 @@ def _option(kind: type[Pass], option: dataclasses.Field, values: Sequence[Any]) 
     if wanted is None:
         raise unknown(f"type of option {option.name} of pass {kind.name}", _type_name(option), OPTION_TYPES)
     value = True if wanted is bool and not values else values[0] if len(values) == 1 else None
-    if wanted is float and isinstance(value, int):
-        value = float(value)
+    if wanted is float and value is not None and not isinstance(value, bool):
+        with suppress(ValueError):  # the lexer takes 1e-6 for a name
+            value = float(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         text = ",".join(map(str, values))
         raise UserError(f"option {option.name} of pass {kind.name} is {text!r}; accepted: {wanted.__name__}")

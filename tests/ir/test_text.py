@@ -57,7 +57,7 @@ def groups(graph: IRGraph) -> list:
     return [op.table.data for op in graph.walk() if op.name == "batch.group"]
 
 
-@examples(12)
+@examples(8)
 @given(model_configs(), st.sampled_from(["float32", "bfloat16", "float16"]), st.booleans())
 def test_models_read_back(config, dtype, passes):
     graph = build_model(config, dtype, ("decode", "prefill")).merged(build_sampler(9, STAGES))
@@ -67,7 +67,7 @@ def test_models_read_back(config, dtype, passes):
         assert_reads_back(graph, generic=generic)
 
 
-@examples(12)
+@examples(8)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_numbers_read_back_to_the_last_bit(value):
     graph = build_model(small_model(rms_norm_eps=value), "float32", ("decode",))

@@ -14,6 +14,7 @@ from sagellm.ir.dialects import nn
 from sagellm.ir.edit import erase, replace
 from sagellm.ir.graph import IRGraph
 from sagellm.ir.lower import lower, step_graph
+from sagellm.models.config import RopeConfig
 from sagellm.models.decoder import build_model
 from sagellm.passes import DEFAULT, kernel_fusion, pipeline
 from sagellm.passes.driver import Pass, Pipeline, rewrites
@@ -46,8 +47,10 @@ def test_the_default_pipeline_keeps_what_a_model_of_this_dtype_computes(dtype):
 
 
 @examples(60)
-@given(model_configs(original=64), batches(), ORDERS)
+@given(model_configs(), batches(), ORDERS)
 def test_any_pipeline_keeps_what_a_step_computes(config, batch, order):
+    if config.rope.kind == "dynamic":
+        batch.columns.alike_up_to = config.rope.original_max_positions
     passes = pipeline(f"prefix-dedup,{order}".rstrip(","))
     passes.decide(batch)
     step = step_graph(lower(batch, config.vocab_size))
@@ -189,6 +192,17 @@ def test_sharing_more_than_a_prompt_has_is_caught():
     batch = prompts([1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4])
     with pytest.raises(MeaningChanged, match="pass prefix-dedup left a graph that cannot be evaluated"):
         check_pipeline(Pipeline([SharesTooMuch()]), every_kernel(), model(), batch)
+
+
+def test_sharing_keys_that_depend_on_the_length_is_caught():
+    rope = RopeConfig(kind="dynamic", factor=2.0, rotary_dim=4, original_max_positions=4)
+    texts = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 1, 2, 3]
+    with pytest.raises(MeaningChanged, match="pass prefix-dedup changed"):
+        check_pipeline(pipeline("prefix-dedup"), every_kernel(), model(rope=rope), prompts(*texts))
+    batch = prompts(*texts, texts[1])
+    batch.columns.alike_up_to = 4
+    check_pipeline(pipeline("prefix-dedup"), every_kernel(), model(rope=rope), batch)
+    assert batch.columns.shared.tolist() == [0, 0, 9]
 
 
 def test_a_lost_sequence_is_caught():

@@ -40,10 +40,11 @@ class Runner:
         rows = build_rows(batch, shared=shared)
         self.forwarded += rows.forwarded
         self.write(batch, rows)
+        outputs = batch.output_rows().tolist()
         for row in [*batch.decode, *batch.prefill]:
             self.check(row, c.context[row] + c.new[row])
             c.context[row] += c.new[row]
-        for row in batch.output_rows().tolist():
+        for row in outputs:
             request = self.scheduler.requests[row]
             c.tokens[row, c.length[row]] = self.stands_for(row, c.length[row] - 1) % 3
             c.length[row] += 1

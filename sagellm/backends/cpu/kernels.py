@@ -12,11 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[..., N] normalised over N in float32."""
-    if x.dtype is torch.float32:
-        return torch.rms_norm(x, weight.shape, weight, eps)
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps))).to(x.dtype).mul_(weight)
+    """[..., N] normalised over N; torch computes in float32 whatever the dtype."""
+    return torch.rms_norm(x, weight.shape, weight, eps)
 
 
 def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,45 @@
+"""The example pass removes what it should, and a decode step means the same without it."""
+
+import pytest
+from drop_identity import DropIdentity
+
+from sagellm import backends
+from sagellm.ir.reference import Forwarded, LogicalRows
+from sagellm.models.config import load_config
+from sagellm.models.decoder import build_model
+from sagellm.models.hub import BUILTIN
+from sagellm.passes.driver import PassContext, Pipeline
+from sagellm.testing.reference import check_model_passes
+
+DECODES = LogicalRows((Forwarded(0, range(5, 6), (7,), 6, (5,)), Forwarded(1, range(2, 3), (4,), 3, (2,))))
+"""Two sequences with one new token each, at positions 5 and 2; both want their next token."""
+
+
+@pytest.fixture
+def context():
+    return PassContext(backends.load("cpu").capability)
+
+
+def model(*phases):
+    return build_model(load_config(BUILTIN), "float32", phases)
+
+
+def test_a_decode_step_loses_the_choice_of_rows(context):
+    graph = model("decode")
+    Pipeline([DropIdentity()]).run(graph, "model", context, "full")
+    assert graph.count("nn.select_outputs") == 0
+    assert [remark.done for remark in context.remarks] == [True]
+
+
+@pytest.mark.parametrize(
+    ("phases", "options"), [(("prefill",), {}), (("decode", "prefill"), {}), (("decode",), {"padded": True})]
+)
+def test_it_declines_where_some_rows_get_no_token(context, phases, options):
+    graph = model(*phases)
+    Pipeline([DropIdentity(**options)]).run(graph, "model", context, "full")
+    assert graph.count("nn.select_outputs") == 1
+    assert [remark.done for remark in context.remarks] == [False]
+
+
+def test_a_decode_step_computes_the_same_without_it(context):
+    check_model_passes(model("decode"), Pipeline([DropIdentity()]), context, rows=DECODES)

@@ -1,0 +1,25 @@
+// RUN: sagellm opt %s --split-input-file --emit code | filecheck %s
+
+// The rows' kinds choose the attention kernel: decodes alone, prefills alone, or decodes before prefills.
+
+// CHECK: def layer(kv, q, k, v, rows):
+// CHECK-NEXT: cpu.kv_write(kv, k, v, rows)
+// CHECK-NEXT: attn = cpu.decode_attention(q, kv, rows, 0.5)
+// CHECK-NEXT: return attn
+nn.func @layer(%q: tensor<?x8xf32>, %k: tensor<?x4xf32>, %v: tensor<?x4xf32>, %rows: !batch.rows<decode>) -> tensor<?x8xf32> {
+  nn.kv_write %k, %v, %rows {head_dim = 4}
+  %attn = nn.attention %q, %rows {head_dim = 4, kv_heads = 1, scale = 0.5} : tensor<?x8xf32>
+  nn.return %attn
+}
+// -----
+// CHECK: attn = cpu.prefill_attention(q, kv, rows, 0.5, window=8)
+nn.func @layer(%q: tensor<?x8xf32>, %rows: !batch.rows<prefill, shared>) -> tensor<?x8xf32> {
+  %attn = nn.attention %q, %rows {head_dim = 4, kv_heads = 1, scale = 0.5, window = 8} : tensor<?x8xf32>
+  nn.return %attn
+}
+// -----
+// CHECK: attn = cpu.mixed_attention(q, kv, rows, 0.5)
+nn.func @layer(%q: tensor<?x8xf32>, %rows: !batch.rows<decode, prefill>) -> tensor<?x8xf32> {
+  %attn = nn.attention %q, %rows {head_dim = 4, kv_heads = 1, scale = 0.5} : tensor<?x8xf32>
+  nn.return %attn
+}
