@@ -1,8 +1,9 @@
 """Tiny random models, made with transformers and saved as folders that are kept for the whole test session.
 
-A test module that needs them says `pytest_plugins = ["checkpoints"]` and takes the fixtures `checkpoint` or
-`text_checkpoint`. Weights have enough spread that greedy outputs wander through the vocabulary. Below stand two
-helpers: `serve` runs requests through an engine core, `continue_greedily` is what transformers makes of a prompt.
+A test module that needs them says `pytest_plugins = ["checkpoints"]` and takes the fixtures `checkpoint`,
+`text_checkpoint` or `reciting_checkpoint`. Weights have enough spread that greedy outputs wander through the
+vocabulary. Below stand two helpers: `serve` runs requests through an engine core, `continue_greedily` is what
+transformers makes of a prompt.
 
 PYTEST_DONT_REWRITE, as test modules import it before pytest takes it as a plug-in.
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -129,6 +131,39 @@ def text_checkpoint(tmp_path_factory) -> Path:
     save_checkpoint(folder, "Qwen2ForCausalLM", eos_token_id=0)
     save_tokenizer(folder)
     return folder
+
+
+RECITED = "aé中文🙂 STOP.qdz!"
+"""What the model of `reciting_checkpoint` answers; no token comes twice."""
+
+
+@pytest.fixture(scope="session")
+def reciting_checkpoint(tmp_path_factory) -> Path:
+    """A model that continues `<|assistant|>` with RECITED and `<|end|>`: each token calls for the next one.
+
+    Its layer adds nothing. Embeddings are signs, nearly orthogonal; a row of lm_head is that of the token before.
+    """
+    folder = tmp_path_factory.mktemp("reciting")
+    backend = save_tokenizer(folder)
+    chain = backend.encode(f"<|assistant|>{RECITED}<|end|>").ids
+    assert len(set(chain)) == len(chain)
+    config = transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 1, "eos_token_id": 0})
+    model = transformers.LlamaForCausalLM(config)
+    weights = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    for name in weights:
+        if name.endswith("norm.weight"):
+            weights[name] += 1
+    random = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (VOCABULARY, SIZES["hidden_size"]), generator=random) * 2.0 - 1
+    weights["model.embed_tokens.weight"] = signs
+    weights["lm_head.weight"][chain[1:]] = signs[chain[:-1]]
+    model.load_state_dict(weights)
+    model.save_pretrained(folder)
+    return folder
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, count).tolist()
 
 
 def make_core(folder: Path, pipeline: str | None = None, **settings) -> EngineCore:

@@ -80,7 +80,9 @@ class _Commands(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="sagellm")
 @click.option("--debug", is_flag=True, envvar="SAGELLM_DEBUG", help="Show the traceback of an error.")
 def main(debug: bool) -> None:

@@ -26,10 +26,18 @@ SEPARATOR = "// -----\n"
 
 @click.command()
 @click.argument("file", default="-")
-@click.option("-p", "--pipeline", default="", metavar="PASS,PASS{OPTION=VALUE},...", help="Passes to run, in order.")
-@click.option("--target", default="cpu", show_default=True, help="Backend that the passes and --emit code ask.")
-@click.option("--emit", type=click.Choice(["ir", "code"]), default="ir", show_default=True, help="What to print.")
-@click.option("--split-input-file", is_flag=True, help="The file holds several modules, parted by '// -----'.")
+@click.option(
+    "-p", "--pipeline", default="", metavar="PASS,PASS{OPTION=VALUE},...", help="Passes to run, in order."
+)
+@click.option(
+    "--target", default="cpu", show_default=True, help="Backend that the passes and --emit code ask."
+)
+@click.option(
+    "--emit", type=click.Choice(["ir", "code"]), default="ir", show_default=True, help="What to print."
+)
+@click.option(
+    "--split-input-file", is_flag=True, help="The file holds several modules, parted by '// -----'."
+)
 @click.option("--print-between-passes", is_flag=True, help="Print the module before every pass too.")
 @click.option("--generic", is_flag=True, help="Print MLIR's generic syntax.")
 @click.option("--tables", is_flag=True, help="Print the values of tables.")
@@ -40,15 +48,26 @@ SEPARATOR = "// -----\n"
     show_default=True,
     help="Checks after reading and after every pass.",
 )
-@click.option("--remarks", is_flag=True, help="Print, as comments, what the passes did and what they declined.")
-@click.option("--verify-diagnostics", is_flag=True, help="Print a module's error to stdout in its place; go on.")
+@click.option(
+    "--remarks", is_flag=True, help="Print, as comments, what the passes did and what they declined."
+)
+@click.option(
+    "--verify-diagnostics", is_flag=True, help="Print a module's error to stdout in its place; go on."
+)
 @click.option("-o", "--output", metavar="FILE", help="Write there instead of stdout.")
 @click.option(
-    "--load-pass", "extra", multiple=True, metavar="MODULE:CLASS", help="Know this pass too (or FILE.py:CLASS)."
+    "--load-pass",
+    "extra",
+    multiple=True,
+    metavar="MODULE:CLASS",
+    help="Know this pass too (or FILE.py:CLASS).",
 )
 @click.option("--without", multiple=True, metavar="KERNEL", help="As if the target had no such kernel.")
 @click.option(
-    "--layout", multiple=True, metavar="DTYPE=NAME", help="As if the target's linear wanted this weight layout."
+    "--layout",
+    multiple=True,
+    metavar="DTYPE=NAME",
+    help="As if the target's linear wanted this weight layout.",
 )
 def opt(
     file: str,
@@ -71,7 +90,8 @@ def opt(
     passes = driver.parse(pipeline, lambda: known_passes(extra)).passes
     capability = _capability(target, without, layout) if passes else None
     job = _Job(passes=passes, target=target, capability=capability, **printing)
-    name, text = ("<stdin>", sys.stdin.read()) if file == "-" else (file, _read(file))
+    name = "<stdin>" if file == "-" else file
+    text = _read(file)
     written: list[str] = []
     write: Callable[[str], object] = written.append if output else lambda part: click.echo(part, nl=False)
     for number, (line, part) in enumerate(_parts(text, split_input_file)):
@@ -165,7 +185,7 @@ def _parts(text: str, split: bool) -> Iterator[tuple[int, str]]:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path!r}: {getattr(error, 'strerror', error)}") from error
 

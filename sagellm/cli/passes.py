@@ -83,7 +83,9 @@ def as_text(pass_: dict[str, Any]) -> str:
         lines.append(indented(pass_["declines"]))
     for option in pass_["options"]:
         default = str(option["default"]).lower() if option["type"] == "bool" else option["default"]
-        lines.append(indented(f"option {option['name']}: {option['type']}, default {default}", hanging="    "))
+        lines.append(
+            indented(f"option {option['name']}: {option['type']}, default {default}", hanging="    ")
+        )
     return "\n".join(lines)
 
 

@@ -57,7 +57,7 @@ class PrefixDedup(Pass):
             batch.notes[self.name] = (
                 f"{saved} of {c.new[rows].sum()} prompt tokens are taken over by {followers} of {len(rows)} prompts"
             )
-            batch.facts[Phase.PREFILL] = (*batch.facts.get(Phase.PREFILL, ()), SHARED)
+            batch.facts[Phase.PREFILL] = tuple(dict.fromkeys((*batch.facts.get(Phase.PREFILL, ()), SHARED)))
 
     @rewrites(b.Group)
     def share(self, group: b.Group, graph: IRGraph, context: PassContext) -> None:

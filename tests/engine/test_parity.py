@@ -1,9 +1,8 @@
 """Tokens and logprobs are those of Hugging Face transformers, on every architecture and variation served."""
 
-import numpy as np
 import pytest
 import torch
-from checkpoints import continue_greedily, load_oracle, make_core, serve, tokens_of
+from checkpoints import continue_greedily, load_oracle, make_core, random_tokens, serve, tokens_of
 
 from sagellm.batch import SamplingParams
 
@@ -74,20 +73,16 @@ SHORT = [
 EVERY_PASS, NO_PASS = None, ""
 
 
-def some_tokens(count, seed):
-    return np.random.default_rng(seed).integers(0, 300, count).tolist()
-
-
-BEGINNING = some_tokens(19, 1)
+BEGINNING = random_tokens(19, 1)
 PROMPTS = [
-    some_tokens(1, 2),
-    some_tokens(7, 3),
+    random_tokens(1, 2),
+    random_tokens(7, 3),
     BEGINNING,
     BEGINNING,
-    BEGINNING + some_tokens(11, 4),
-    BEGINNING + some_tokens(23, 5),
-    BEGINNING[:5] + some_tokens(12, 6),
-    some_tokens(60, 7),
+    BEGINNING + random_tokens(11, 4),
+    BEGINNING + random_tokens(23, 5),
+    BEGINNING[:5] + random_tokens(12, 6),
+    random_tokens(60, 7),
 ]
 """Of different lengths; one of a single token, two identical, five that begin alike."""
 
