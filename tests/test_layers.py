@@ -17,7 +17,15 @@ LAYERS = [
     {"cli", "testing", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-XDSL = {"ir", "passes", "testing", "models/decoder.py", "backends/emit.py", "backends/step.py", "engine/explain.py"}
+XDSL = {
+    "ir",
+    "passes",
+    "testing",
+    "models/decoder.py",
+    "backends/emit.py",
+    "backends/step.py",
+    "engine/explain.py",
+}
 # The registry of passes and the registry of backends are tables of strings that any layer may look up.
 TYPING_ONLY = "TYPE_CHECKING"
 

@@ -130,11 +130,17 @@ def main() -> None:
 def decode(shape, dtypes, batches, tokens: int, pairs: int, as_json: bool) -> None:
     """Tokens a second of `generate`: prefill of 32 tokens and greedy decoding."""
     if not as_json:
-        click.echo(f"{'model':<9}{'dtype':<10}{'batch':>5}{'sageLLM tok/s':>15}{'transformers':>14}{'ratio':>7}")
+        click.echo(
+            f"{'model':<9}{'dtype':<10}{'batch':>5}{'sageLLM tok/s':>15}{'transformers':>14}{'ratio':>7}"
+        )
     for name in shape:
         with tempfile.TemporaryDirectory() as scratch:
             for dtype in dtypes:
-                folder = resolve("builtin") if name == "builtin" else random_checkpoint(Path(scratch) / dtype, dtype)
+                folder = (
+                    resolve("builtin")
+                    if name == "builtin"
+                    else random_checkpoint(Path(scratch) / dtype, dtype)
+                )
                 for batch in batches:
                     got = {"model": name} | compare(folder, dtype, batch, tokens, pairs)
                     if as_json:

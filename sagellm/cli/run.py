@@ -65,7 +65,9 @@ def load(settings: dict, record: Path | None) -> SageLLMEngine:
     settings = {"device" if name == "target" else name: value for name, value in settings.items()}
     if not console.is_terminal:
         return SageLLMEngine(**settings, record=record)
-    with Progress(TextColumn("loading {task.description}"), BarColumn(), console=console, transient=True) as bar:
+    with Progress(
+        TextColumn("loading {task.description}"), BarColumn(), console=console, transient=True
+    ) as bar:
         task = bar.add_task(settings["model"], total=None)
         return SageLLMEngine(
             **settings,

@@ -181,7 +181,12 @@ def forced_logits(folder, dtype, prompt, tokens):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("variation", SHORT)
 def test_half_precision_is_as_near_to_float32_as_in_transformers(checkpoint, variation, dtype):
-    """Of 100,000 logits along our output: their mean distance at most 2% larger, the largest one at most 25%."""
+    """Distances of 100,000 logits along our output: the mean is at most 2% larger than that of transformers in the
+    same dtype, so is the mean over tokens of the largest; the largest of all is at most twice as large.
+
+    That one sits at the few tokens where a random model is ill-conditioned: from one random model to the next the
+    ratio varies between 0.57 and 1.54, with ratios of means between 0.85 and 0.95.
+    """
     architecture, fields = VARIATIONS[variation]
     folder = checkpoint(architecture, dtype=dtype, **fields)
     core = make_core(folder)
@@ -197,4 +202,5 @@ def test_half_precision_is_as_near_to_float32_as_in_transformers(checkpoint, var
     ours, theirs = torch.cat(ours), torch.cat(theirs)
     assert len(ours) * ours.shape[1] > 100_000
     assert ours.mean() <= 1.02 * theirs.mean()
-    assert ours.max() <= 1.25 * theirs.max()
+    assert ours.amax(1).mean() <= 1.02 * theirs.amax(1).mean()
+    assert ours.max() <= 2 * theirs.max()
