@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from sagellm.backends.plan import Program
+from sagellm.config import KVCacheSchema
 from sagellm.ir.graph import IRGraph
 from sagellm.rows import Rows
 from sagellm.target import CapabilityDescriptor
+
+
+class KVCache(Protocol):
+    """What the emitted code and the executor ask of a cache."""
+
+    def __getitem__(self, layers): ...
+
+    def clear(self, blocks: np.ndarray) -> None:
+        """Forget what these blocks held, as they go to another sequence."""
 
 
 class Backend(ABC):
@@ -26,9 +38,7 @@ class Backend(ABC):
         """Model graph, sampler and weights program as Python source."""
 
     @abstractmethod
-    def make_cache(
-        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: str
-    ) -> list:
+    def make_cache(self, schema: KVCacheSchema, blocks: int) -> KVCache:
         """The KV cache of each layer, in the layout of this backend's kernels. Block 0 is padding."""
 
     @abstractmethod

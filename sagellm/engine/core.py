@@ -85,15 +85,7 @@ class EngineCore(Planner):
 
     def abort(self, request_id: str) -> bool:
         """End a request wherever it is; False if there is none of this id."""
-        for entry in self.scheduler.waiting:
-            if entry[0].id == request_id:
-                self.scheduler.waiting.remove(entry)
-                return True
-        for row, request in self.scheduler.requests.items():
-            if request.id == request_id:
-                self.scheduler.finish(row)
-                return True
-        return False
+        return self.scheduler.abort(request_id)
 
     def execute(self, batch: Batch) -> StepOutcome:
         """Stages lower, execute and commit."""

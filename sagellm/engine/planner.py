@@ -22,6 +22,15 @@ from sagellm.runtime.pool import BlockPool
 from sagellm.runtime.scheduler import Scheduler
 
 
+def available_memory() -> int:
+    """Bytes that can be had without swapping: what the kernel estimates, else the free pages."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 class Planner:
     """Stages admit, decide and lower of a step."""
 
@@ -57,7 +66,7 @@ class Planner:
     def _block_count(self) -> int:
         """Blocks for every sequence at full length, or what the memory share holds, and one of padding."""
         wanted = self.config.max_sequences * self.columns.max_blocks
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = available_memory()
         share = int(free * self.config.kv_memory_fraction)
         count = min(wanted, share // self.kv_schema.bytes_per_block)
         if count < 1:
@@ -69,17 +78,13 @@ class Planner:
 
     def submit(self, request: Request) -> None:
         """Queue a request; one that can never run is refused at once."""
-        if self._known(request.id):
+        if request.id in self.scheduler.ids:
             raise UserError(f"request id {request.id!r} is in use; accepted: a new one")
         for token in request.prompt:
             if not 0 <= token < self.model.vocab_size:
                 raise UserError(f"token id {token} in the prompt; accepted: 0 to {self.model.vocab_size - 1}")
         seed = request.sampling.seed
         self.scheduler.submit(request, int(self._seeds.integers(2**63)) if seed is None else seed)
-
-    def _known(self, request_id: str) -> bool:
-        requests = [*self.scheduler.requests.values(), *(waiting for waiting, _ in self.scheduler.waiting)]
-        return any(request.id == request_id for request in requests)
 
     def schedule(self) -> Batch:
         """Stages admit and decide: the next step's batch, with what the passes decided about it."""

@@ -16,7 +16,7 @@ from attrs import define, evolve, field, frozen
 
 from sagellm import random
 from sagellm.backends import sampling
-from sagellm.backends.base import Backend
+from sagellm.backends.base import Backend, KVCache
 from sagellm.backends.plan import ExecutionPlan
 from sagellm.batch import Batch, Columns, Phase
 from sagellm.rows import build_rows
@@ -45,6 +45,7 @@ class StepOutcome:
     def logprobs(self, index: int, top: int) -> tuple[float, list[tuple[int, float]]]:
         """Logprob of the chosen token of output row `index`, and the `top` likeliest."""
         row = self.logits[index : index + 1]
+        top = min(top, row.shape[1])
         chosen, ids, values = sampling.logprobs(row, torch.tensor([int(self.tokens[index])]), top)
         return float(chosen[0]), list(zip(ids[0].tolist(), values[0].tolist()))
 
@@ -58,7 +59,7 @@ class Executor:
     backend: Backend
     columns: Columns
     pool: BlockPool
-    cache: list
+    cache: KVCache
     weights: Any
     functions: Functions
     _batch: Batch | None = None
@@ -100,7 +101,9 @@ class Executor:
     def allocate(self, *groups: GroupRef) -> None:
         for group in groups:
             extend = self.pool.extend_shared if group.shared else self.pool.extend
-            extend(self.columns, self._batch.rows(group.phase))
+            taken = extend(self.columns, self._batch.rows(group.phase))
+            if len(taken):
+                self.cache.clear(taken)
 
     def rows(self, *arguments: GroupRef | None) -> Any:
         shared = any(group is not None and group.shared for group in arguments)

@@ -7,6 +7,8 @@ import numpy as np
 from sagellm.batch import Columns
 from sagellm.rows import aliased_blocks
 
+NO_BLOCKS = np.zeros(0, np.int32)
+
 
 class BlockPool:
     """Reference counts over `count` blocks; block 0 is padding and never handed out."""
@@ -43,24 +45,26 @@ class BlockPool:
         self._free[self._top : self._top + len(back)] = back
         self._top += len(back)
 
-    def extend(self, columns: Columns, rows: np.ndarray) -> None:
-        """Give each row the blocks that its new tokens need."""
+    def extend(self, columns: Columns, rows: np.ndarray) -> np.ndarray:
+        """Give each row the blocks that its new tokens need; returns those."""
         c = columns
         needed = -(-(c.context[rows] + c.new[rows]) // c.block_size)
         wanted = needed - c.owned[rows]
         growing = wanted > 0
         if not growing.any():
-            return
+            return NO_BLOCKS
         rows, needed, wanted = rows[growing], needed[growing], wanted[growing]
         blocks = self.take(int(wanted.sum()))
         sequences = np.repeat(rows, wanted)
         within = np.arange(len(blocks)) - np.repeat(np.cumsum(wanted) - wanted, wanted)
         c.blocks[sequences, c.owned[sequences] + within] = blocks
         c.owned[rows] = needed
+        return blocks
 
-    def extend_shared(self, columns: Columns, rows: np.ndarray) -> None:
+    def extend_shared(self, columns: Columns, rows: np.ndarray) -> np.ndarray:
         """As `extend`, for rows of which some follow a leader: they take over its full blocks, leaders first."""
         c, waiting = columns, dict.fromkeys(rows.tolist())
+        taken = [NO_BLOCKS]
         low, high = aliased_blocks(c, rows)
         aliased = dict(zip(rows.tolist(), zip(low.tolist(), high.tolist())))
 
@@ -74,7 +78,8 @@ class BlockPool:
                 c.blocks[row, low:high] = c.blocks[leader, low:high]
                 self.hold(c.blocks[row, low:high])
                 c.owned[row] = high
-            self.extend(c, np.array([row]))
+            taken.append(self.extend(c, np.array([row])))
 
         while waiting:
             place(next(iter(waiting)))
+        return np.concatenate(taken)

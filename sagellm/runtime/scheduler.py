@@ -18,6 +18,8 @@ class Scheduler:
         self.columns, self.pool, self.budget = columns, pool, max_batched_tokens
         self.waiting: deque[tuple[Request, int]] = deque()
         self.requests: dict[int, Request] = {}
+        self.ids: set[str] = set()
+        """Requests that wait or run."""
         self._free = list(range(columns.capacity - 1, -1, -1))
         self._reserved = np.zeros(columns.capacity, np.int64)
         self._running = np.zeros(0, np.int64)
@@ -37,6 +39,7 @@ class Scheduler:
                 f"prompt and max_tokens need {self._blocks(request)} KV blocks; "
                 f"accepted: at most {len(self.pool.references) - 1}"
             )
+        self.ids.add(request.id)
         self.waiting.append((request, seed))
 
     def limit(self, request: Request) -> int:
@@ -80,6 +83,18 @@ class Scheduler:
             self.requests[row] = request
             self._running = np.append(self._running, row)
 
+    def abort(self, request_id: str) -> bool:
+        """Drop a request wherever it is; False if there is none of this id."""
+        if request_id not in self.ids:
+            return False
+        for entry in self.waiting:
+            if entry[0].id == request_id:
+                self.waiting.remove(entry)
+                self.ids.discard(request_id)
+                return True
+        self.finish(next(row for row, request in self.requests.items() if request.id == request_id))
+        return True
+
     def finish(self, row: int) -> None:
         """The sequence ends: its row and blocks are free for others."""
         c = self.columns
@@ -87,5 +102,5 @@ class Scheduler:
         c.owned[row] = c.length[row] = c.context[row] = 0
         self._reserved[row] = 0
         self._running = self._running[self._running != row]
-        del self.requests[row]
+        self.ids.discard(self.requests.pop(row).id)
         self._free.append(row)

@@ -587,3 +587,14 @@ def test_one_bad_prompt_refuses_all_and_none_is_queued(engine, prompts, message)
 def test_a_bad_setting_is_one_line(text_checkpoint, settings, message):
     with pytest.raises(UserError, match=f"^{message}$"):
         SageLLMEngine(str(text_checkpoint), **settings)
+
+
+def test_what_a_block_held_before_cannot_reach_the_next_sequence(checkpoint):
+    """One NaN left in a freed block (a float16 overflow, say) must not poison whoever gets the block next."""
+    core = make_core(checkpoint())
+    prompts = [[5, 6, 7], [8, 9, 10, 11]]
+    wanted = serve(core, prompts, SamplingParams(max_tokens=8))
+    for keys, values in core.cache[0:]:
+        keys[1:].fill_(float("nan"))
+        values[1:].fill_(float("nan"))
+    assert serve(core, prompts, SamplingParams(max_tokens=8)) == wanted

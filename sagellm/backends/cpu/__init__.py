@@ -6,7 +6,7 @@ import torch
 
 from sagellm.backends.base import Backend
 from sagellm.backends.cpu.codegen import HEADER, KERNELS, LOADS
-from sagellm.backends.cpu.kernels import CpuRows
+from sagellm.backends.cpu.kernels import CpuCache, CpuRows
 from sagellm.backends.emit import emit_program
 from sagellm.backends.plan import Program
 from sagellm.config import KVCacheSchema
@@ -34,12 +34,8 @@ class CpuBackend(Backend):
     def emit(self, graph: IRGraph, name: str) -> Program:
         return emit_program(graph, KERNELS, LOADS, HEADER.format(name=name), name)
 
-    def make_cache(self, schema: KVCacheSchema, blocks: int) -> list:
-        shape = (blocks, schema.block_size, schema.num_kv_heads, schema.head_dim)
-        kind = getattr(torch, schema.dtype)
-        return [
-            (torch.zeros(shape, dtype=kind), torch.zeros(shape, dtype=kind)) for _ in range(schema.num_layers)
-        ]
+    def make_cache(self, schema: KVCacheSchema, blocks: int) -> CpuCache:
+        return CpuCache(schema, blocks)
 
     def upload(self, rows: Rows, block_size: int) -> CpuRows:
         return CpuRows(rows, block_size)

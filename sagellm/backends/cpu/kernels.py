@@ -6,9 +6,12 @@ docs/performance.md.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
+
+from sagellm.config import KVCacheSchema
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -119,8 +122,24 @@ def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def pack_onednn(weight: Tensor) -> Tensor:
-    """[out, in] reordered for oneDNN's blocked matrix product; opaque to everything but `linear_onednn`."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    """[out, in] reordered for oneDNN's blocked matrix product; opaque to everything but `linear_onednn`.
+
+    Packed for 16 rows: as fast as any other at 1 to 16 rows, and twice as fast in float32 at one.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
+
+
+class CpuCache(list):
+    """(keys, values) of each layer, as views of one tensor."""
+
+    def __init__(self, schema: KVCacheSchema, blocks: int):
+        shape = (schema.num_layers, 2, blocks, schema.block_size, schema.num_kv_heads, schema.head_dim)
+        self._all = torch.zeros(shape, dtype=getattr(torch, schema.dtype))
+        super().__init__((layer[0], layer[1]) for layer in self._all)
+
+    def clear(self, blocks: np.ndarray) -> None:
+        """Decoding reads whole blocks, and a stale NaN would survive its mask."""
+        self._all[:, :, torch.from_numpy(blocks)] = 0
 
 
 class CpuRows:
