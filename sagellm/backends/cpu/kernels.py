@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from sagellm.backends.cpu.memory import huge_pages
 from sagellm.config import KVCacheSchema
 
 
@@ -117,16 +118,28 @@ def _window_mask(queries: int, length: int, window: int | None) -> Tensor:
     return visible if window is None else visible & (key > at - window)
 
 
-def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+class Packed:
+    """A matrix [outputs, inputs] in oneDNN's blocked layout, and where its bytes are if others may read them."""
+
+    __slots__ = ("address", "outputs", "tensor")
+
+    def __init__(self, tensor: Tensor, outputs: int):
+        self.tensor, self.outputs = tensor, outputs
+        self.address: int | None = None
 
 
-def pack_onednn(weight: Tensor) -> Tensor:
-    """[out, in] reordered for oneDNN's blocked matrix product; opaque to everything but `linear_onednn`.
+def pack_onednn(weight: Tensor) -> Packed:
+    """[out, in] reordered for oneDNN's matrix product, on huge pages.
 
     Packed for 16 rows: as fast as any other at 1 to 16 rows, and twice as fast in float32 at one.
     """
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
+    huge_pages(torch.ops.mkldnn.data_ptr(packed), weight.nbytes)
+    return Packed(packed, weight.shape[0])
+
+
+def linear_onednn(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight.tensor, bias, "none", [], "")
 
 
 class CpuCache(list):

@@ -3,7 +3,7 @@
 // The rows' kinds choose the attention kernel: decodes alone, prefills alone, or decodes before prefills.
 
 // CHECK: def layer(kv, q, k, v, rows):
-// CHECK-NEXT: cpu.kv_write(kv, k, v, rows)
+// CHECK-NEXT: {{cpu|native}}.kv_write(kv, k, v, rows)
 // CHECK-NEXT: attn = cpu.decode_attention(q, kv, rows, 0.5)
 // CHECK-NEXT: return attn
 nn.func @layer(%q: tensor<?x8xf32>, %k: tensor<?x4xf32>, %v: tensor<?x4xf32>, %rows: !batch.rows<decode>) -> tensor<?x8xf32> {

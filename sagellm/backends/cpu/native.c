@@ -1,0 +1,175 @@
+/* Element-wise kernels of the CPU backend, fused: what stock torch does in five to ten calls each.
+ *
+ * Rows are independent; all arithmetic is float32 whatever the type. Compiled twice, for float and for bfloat16,
+ * by including itself with T set. Plain C that a compiler vectorises: `cc -O3 -march=native -fopenmp-simd`.
+ */
+#ifndef T
+#include <stdint.h>
+#include <string.h>
+#include <math.h>
+
+typedef uint16_t bf16;
+
+static inline float up_bf16(bf16 v) {
+    uint32_t bits = (uint32_t)v << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline bf16 down_bf16(float f) { /* round to nearest even; NaN stays NaN */
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bf16)rounded;
+}
+
+static inline float up_f32(float v) { return v; }
+static inline float down_f32(float v) { return v; }
+
+/* 2^k * p(r): relative error below 2e-7 over the range that float can hold. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float k = __builtin_rintf(x * 1.44269504f);
+    float r = x - k * 0.693359375f + k * 2.12194440e-4f;
+    float p = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666657f + r * (0.0416657962f + r * (0.00833345205f + r * 0.00139171742f)))));
+    int32_t scale = ((int32_t)k + 127) << 23;
+    float s;
+    memcpy(&s, &scale, 4);
+    return p * s;
+}
+
+/* y = w @ x + bias for one row x [k], by the threads of torch's own pool. w [n, k] is packed as oneDNN packs it for
+ * 16 rows: blocks of 64 outputs; in a block, for every input (float) or pair of inputs (bfloat16), 64 of them side by
+ * side. One pass over the weights from first to last byte: what the memory gives is the limit. n is a multiple of 64. */
+typedef float lanes __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+
+static void finish(const lanes *sum, float *out) { memcpy(out, sum, 4 * sizeof(lanes)); }
+
+void gemv_f32(const float *x, const float *w, const float *bias, float *y, long n, long k) {
+#pragma omp parallel for schedule(static)
+    for (long block = 0; block < n / 64; block++) {
+        const lanes *p = (const lanes *)(w + block * 64 * k);
+        lanes a = {0}, b = {0}, c = {0}, d = {0};
+        for (long i = 0; i < k; i++, p += 4) {
+            a += p[0] * x[i];
+            b += p[1] * x[i];
+            c += p[2] * x[i];
+            d += p[3] * x[i];
+        }
+        lanes sum[4] = {a, b, c, d};
+        float out[64];
+        finish(sum, out);
+        for (long j = 0; j < 64; j++) y[block * 64 + j] = out[j] + (bias ? bias[block * 64 + j] : 0.0f);
+    }
+}
+
+void gemv_bf16(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *y, long n, long k) {
+    float wide[k];
+    for (long i = 0; i < k; i++) wide[i] = up_bf16(x[i]);
+#pragma omp parallel for schedule(static)
+    for (long block = 0; block < n / 64; block++) {
+        const words *p = (const words *)(w + block * 64 * k);
+        lanes a = {0}, b = {0}, c = {0}, d = {0};
+        for (long i = 0; i < k; i += 2, p += 4) {
+            float even = wide[i], odd = wide[i + 1];
+            a += (lanes)(p[0] << 16) * even + (lanes)(p[0] & 0xffff0000u) * odd;
+            b += (lanes)(p[1] << 16) * even + (lanes)(p[1] & 0xffff0000u) * odd;
+            c += (lanes)(p[2] << 16) * even + (lanes)(p[2] & 0xffff0000u) * odd;
+            d += (lanes)(p[3] << 16) * even + (lanes)(p[3] & 0xffff0000u) * odd;
+        }
+        lanes sum[4] = {a, b, c, d};
+        float out[64];
+        finish(sum, out);
+        for (long j = 0; j < 64; j++)
+            y[block * 64 + j] = down_bf16(out[j] + (bias ? up_bf16(bias[block * 64 + j]) : 0.0f));
+    }
+}
+
+#define T float
+#define NAME(f) f##_f32
+#define UP up_f32
+#define DOWN down_f32
+#include "native.c"
+#undef T
+#undef NAME
+#undef UP
+#undef DOWN
+#define T bf16
+#define NAME(f) f##_bf16
+#define UP up_bf16
+#define DOWN down_bf16
+#include "native.c"
+
+#else
+
+/* y[r] = x[r] / sqrt(mean(x[r]^2) + eps) * w, for rows x heads vectors of n; rows of x are `stride` apart. */
+void NAME(rms_norm)(const T *x, long stride, const T *w, T *y, long rows, long heads, long n, float eps) {
+    for (long r = 0; r < rows; r++)
+        for (long h = 0; h < heads; h++) {
+            const T *in = x + r * stride + h * n;
+            T *out = y + (r * heads + h) * n;
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (long i = 0; i < n; i++) sum += UP(in[i]) * UP(in[i]);
+            float scale = 1.0f / sqrtf(sum / n + eps);
+#pragma omp simd
+            for (long i = 0; i < n; i++) out[i] = DOWN(UP(in[i]) * scale * UP(w[i]));
+        }
+}
+
+/* total = x + y, rounded to the type; normed = rms_norm(total). All contiguous [rows, n]. */
+void NAME(add_rms_norm)(const T *x, const T *y, const T *w, T *total, T *normed, long rows, long n, float eps) {
+    for (long r = 0; r < rows; r++) {
+        const T *a = x + r * n, *b = y + r * n;
+        T *t = total + r * n, *out = normed + r * n;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < n; i++) {
+            t[i] = DOWN(UP(a[i]) + UP(b[i]));
+            sum += UP(t[i]) * UP(t[i]);
+        }
+        float scale = 1.0f / sqrtf(sum / n + eps);
+#pragma omp simd
+        for (long i = 0; i < n; i++) out[i] = DOWN(UP(t[i]) * scale * UP(w[i]));
+    }
+}
+
+/* y[r] = silu(x[r][:n]) * x[r][n:]; x contiguous [rows, 2 n]. */
+void NAME(silu_mul)(const T *x, T *y, long rows, long n) {
+    for (long r = 0; r < rows; r++) {
+        const T *gate = x + r * 2 * n, *up = gate + n;
+        T *out = y + r * n;
+#pragma omp simd
+        for (long i = 0; i < n; i++) {
+            float g = UP(gate[i]);
+            out[i] = DOWN(g / (1.0f + exponential(-g)) * UP(up[i]));
+        }
+    }
+}
+
+/* Rotate the halves of each head; angles [rows, d]: cos, then sin. Rows of x are `stride` apart, y contiguous. */
+void NAME(rope)(const T *x, long stride, const float *angles, T *y, long rows, long heads, long d) {
+    long half = d / 2;
+    for (long r = 0; r < rows; r++) {
+        const float *cosine = angles + r * d, *sine = cosine + half;
+        for (long h = 0; h < heads; h++) {
+            const T *in = x + r * stride + h * d;
+            T *out = y + (r * heads + h) * d;
+#pragma omp simd
+            for (long i = 0; i < half; i++) {
+                float low = UP(in[i]), high = UP(in[i + half]);
+                out[i] = DOWN(low * cosine[i] - high * sine[i]);
+                out[i + half] = DOWN(high * cosine[i] + low * sine[i]);
+            }
+        }
+    }
+}
+
+/* cache[slots[r]] = x[r]; rows of x are `stride` apart, those of the cache n. */
+void NAME(kv_write)(const T *x, long stride, T *cache, const int64_t *slots, long rows, long n) {
+    for (long r = 0; r < rows; r++) memcpy(cache + slots[r] * n, x + r * stride, n * sizeof(T));
+}
+
+#endif

@@ -1,0 +1,196 @@
+"""The fused kernels of native.c, compiled once for this machine and kept in the user's cache folder.
+
+Each function here has the meaning of its namesake in `kernels.py`, which serves where there is no C compiler and for
+types that native.c does not know. The code generator chooses, so the emitted text says which one runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sagellm.backends.cpu import kernels
+from sagellm.backends.cpu.kernels import Packed
+
+SOURCE = Path(__file__).with_name("native.c")
+# -fopenmp finds the libgomp that torch has loaded, so both use one pool of threads.
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-shared",
+    "-fPIC",
+)
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+P, L, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+SIGNATURES = {
+    "rms_norm": (P, L, P, P, L, L, L, F),
+    "add_rms_norm": (P, P, P, P, P, L, L, F),
+    "silu_mul": (P, P, L, L),
+    "rope": (P, L, P, P, L, L, L),
+    "kv_write": (P, L, P, P, L, L),
+    "gemv": (P, P, P, P, L, L),
+}
+
+
+class Unavailable(Exception):
+    """Why there are no native kernels here, in one line."""
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sagellm"
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels. A build takes about a second, once per machine and version of the source."""
+    compiler = os.environ.get("CC", "cc")
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Unavailable(f"no C compiler ({compiler}): {error}") from error
+    key = b"\0".join([SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode()])
+    path = cache_folder() / f"native-{hashlib.sha256(key).hexdigest()[:16]}.so"
+    if not path.exists():
+        _build(compiler, path)
+    found = ctypes.CDLL(str(path))
+    for name, arguments in SIGNATURES.items():
+        for suffix in DTYPES.values():
+            function = getattr(found, f"{name}_{suffix}")
+            function.argtypes, function.restype = arguments, None
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line for line in lines if line.startswith("flags")), platform.processor())
+    except OSError:
+        return platform.processor()
+
+
+def _build(compiler: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            made = Path(scratch) / path.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            subprocess.run(command, capture_output=True, check=True, text=True)
+            made.replace(path)
+    except OSError as error:
+        raise Unavailable(f"cannot write {path.parent}: {error}") from error
+    except subprocess.CalledProcessError as error:
+        raise Unavailable(f"{compiler} failed: {(error.stderr.strip().splitlines() or ['?'])[0]}") from error
+
+
+@cache
+def unavailable() -> str | None:
+    """Why there are no native kernels here; None where there are."""
+    try:
+        library()
+    except Unavailable as reason:
+        return str(reason)
+    return None
+
+
+@cache
+def _function(name: str, dtype: torch.dtype):
+    return getattr(library(), f"{name}_{DTYPES[dtype]}")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[T, N] normalised over N."""
+    y = torch.empty_like(x)
+    rows, n = x.shape
+    f = _function("rms_norm", x.dtype)
+    f(x.data_ptr(), x.stride(0), weight.data_ptr(), y.data_ptr(), rows, 1, n, eps)
+    return y
+
+
+def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[T, H * D], each head normalised over D; rows may be apart."""
+    rows, width = x.shape
+    n = weight.shape[0]
+    y = torch.empty((rows, width), dtype=x.dtype)
+    f = _function("rms_norm", x.dtype)
+    f(x.data_ptr(), x.stride(0), weight.data_ptr(), y.data_ptr(), rows, width // n, n, eps)
+    return y
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[T, N]: the sum, and its norm."""
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    rows, n = x.shape
+    f = _function("add_rms_norm", x.dtype)
+    f(x.data_ptr(), y.data_ptr(), weight.data_ptr(), total.data_ptr(), normed.data_ptr(), rows, n, eps)
+    return total, normed
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """[T, 2 N] -> [T, N]"""
+    rows, width = x.shape
+    y = torch.empty((rows, width // 2), dtype=x.dtype)
+    _function("silu_mul", x.dtype)(x.data_ptr(), y.data_ptr(), rows, width // 2)
+    return y
+
+
+def rope(q: Tensor, k: Tensor, angles: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """[T, heads * D] each, rows may be apart; angles [T, D] float32, cos then sin."""
+    f, at = _function("rope", q.dtype), angles.data_ptr()
+    turned = []
+    for x in (q, k):
+        rows, width = x.shape
+        y = torch.empty((rows, width), dtype=x.dtype)
+        f(x.data_ptr(), x.stride(0), at, y.data_ptr(), rows, width // head_dim, head_dim)
+        turned.append(y)
+    return turned[0], turned[1]
+
+
+def kv_write(kv: tuple[Tensor, Tensor], k: Tensor, v: Tensor, rows) -> None:
+    """[T, KV heads * D] to the rows' slots; tokens that several sequences share go to several slots."""
+    if rows.kv_source is not None:
+        k, v = k[rows.kv_source], v[rows.kv_source]
+    f, slots = _function("kv_write", k.dtype), rows.slots.data_ptr()
+    count, width = k.shape
+    f(k.data_ptr(), k.stride(0), kv[0].data_ptr(), slots, count, width)
+    f(v.data_ptr(), v.stride(0), kv[1].data_ptr(), slots, count, width)
+
+
+def pack_onednn(weight: Tensor) -> Packed:
+    """As in `kernels`, and open to `gemv` where its bytes lie as native.c expects, which is tried out here.
+
+    oneDNN chooses blocks of 64 outputs for most matrices, and others for small ones.
+    """
+    packed = kernels.pack_onednn(weight)
+    outputs, inputs = weight.shape
+    if outputs % 64 or inputs % 2:
+        return packed
+    x = torch.linspace(-1, 1, inputs, dtype=weight.dtype)[None]
+    packed.address = torch.ops.mkldnn.data_ptr(packed.tensor)
+    ours, theirs = linear_onednn(x, packed, None).float(), kernels.linear_onednn(x, packed, None).float()
+    if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())):
+        packed.address = None
+    return packed
+
+
+def linear_onednn(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    """One row [1, in] by a pass over the weights at the memory's speed; more rows by oneDNN."""
+    if x.shape[0] != 1 or weight.address is None:
+        return kernels.linear_onednn(x, weight, bias)
+    y = torch.empty((1, weight.outputs), dtype=x.dtype)
+    at = None if bias is None else bias.data_ptr()
+    _function("gemv", x.dtype)(x.data_ptr(), weight.address, at, y.data_ptr(), weight.outputs, x.shape[1])
+    return y

@@ -1,0 +1,101 @@
+"""The fused kernels compute what stock torch computes, on every shape and on rows that lie apart."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sagellm.backends.cpu import kernels, native
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+
+DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
+sizes = st.integers(1, 70)
+some = settings(max_examples=40, deadline=None)
+
+
+def random(seed: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
+
+
+def close(ours: torch.Tensor, exact: torch.Tensor) -> None:
+    """Within a rounding or two of the type, against the same formula in float32."""
+    tolerance = DTYPES[ours.dtype]
+    torch.testing.assert_close(ours.float(), exact.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=st.integers(1, 5), n=sizes, seed=st.integers(0, 99))
+@some
+def test_norms(dtype, rows, n, seed):
+    x, y, w = random(seed, dtype, rows, n), random(seed + 1, dtype, rows, n), random(seed + 2, dtype, n)
+    close(native.rms_norm(x, w, 1e-6), kernels.rms_norm(x.float(), w.float(), 1e-6))
+    total, normed = native.add_rms_norm(x, y, w, 1e-6)
+    assert torch.equal(total, x + y)
+    close(normed, kernels.rms_norm(total.float(), w.float(), 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=st.integers(1, 5), heads=st.integers(1, 4), half=st.integers(1, 40), seed=st.integers(0, 99))
+@some
+def test_heads_of_rows_that_lie_apart(dtype, rows, heads, half, seed):
+    width = heads * half * 2
+    q, k, v = random(seed, dtype, rows, 3 * width).split([width] * 3, -1)
+    w, angles = random(seed + 1, dtype, 2 * half), random(seed + 2, torch.float32, rows, 2 * half)
+    close(native.head_norm(q, w, 1e-6), kernels.head_norm(q.float(), w.float(), 1e-6))
+    for ours, exact in zip(
+        native.rope(q, k, angles, 2 * half), kernels.rope(q.float(), k.float(), angles, 2 * half)
+    ):
+        torch.testing.assert_close(ours.float(), exact, rtol=DTYPES[dtype], atol=20 * DTYPES[dtype])
+    one, other = [[torch.zeros(4, 8, heads, 2 * half, dtype=dtype) for _ in range(2)] for _ in range(2)]
+    slots = torch.randperm(32, generator=torch.Generator().manual_seed(seed))[:rows]
+    for source in (None, torch.arange(rows).flip(0)):
+        where = SimpleNamespace(slots=slots, kv_source=source)
+        native.kv_write(tuple(one), k, v, where)
+        kernels.kv_write(tuple(other), k, v, where)
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=st.integers(1, 5), n=sizes, seed=st.integers(0, 99))
+@some
+def test_silu_mul(dtype, rows, n, seed):
+    x = random(seed, dtype, rows, 2 * n) * 10
+    close(native.silu_mul(x), kernels.silu_mul(x.float()))
+
+
+def test_silu_mul_at_the_ends_of_the_range():
+    x = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4, 1.0, 1.0, 1.0, 1.0, 1.0]])
+    torch.testing.assert_close(native.silu_mul(x), kernels.silu_mul(x.clone()), rtol=1e-6, atol=1e-30)
+
+
+def test_without_a_compiler_the_emitted_code_is_stock_torch(monkeypatch):
+    from sagellm import backends
+    from sagellm.ir.graph import IRGraph
+
+    monkeypatch.setattr(native, "unavailable", lambda: "no C compiler")
+    text = (
+        "nn.func @f(%x: tensor<?x8xf32>) -> tensor<?x4xf32> {\n"
+        "  %m = nn.silu_mul %x : tensor<?x4xf32>\n  nn.return %m\n}"
+    )
+    assert "m = cpu.silu_mul(x)" in backends.load("cpu").emit(IRGraph.parse(text), "f").source
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 2), (128, 896), (192, 62), (1152, 896), (100, 64), (64, 63)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_one_row_times_a_packed_matrix(dtype, shape, biased):
+    """Shapes that native.c cannot read (outputs no multiple of 64, an odd input, small ones) go through oneDNN."""
+    w, x = random(1, dtype, *shape), random(2, dtype, 1, shape[1])
+    bias = random(3, dtype, shape[0]) if biased else None
+    packed = native.pack_onednn(w)
+    if shape[0] % 64 or shape[1] % 2:
+        assert packed.address is None
+    exact = torch.nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
+    ours = native.linear_onednn(x, packed, bias).double()
+    torch.testing.assert_close(ours, exact, rtol=DTYPES[dtype], atol=DTYPES[dtype] * 30)
+    both = torch.cat([x, x])
+    again = native.linear_onednn(both, packed, bias).double()
+    torch.testing.assert_close(again[:1], exact, rtol=DTYPES[dtype], atol=DTYPES[dtype] * 30)
