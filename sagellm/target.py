@@ -35,6 +35,8 @@ class CapabilityDescriptor:
     linear_layouts: dict[str, str] = field(factory=dict)
     """Weight layout that the backend's linear wants, by dtype; none means plain [out, in]."""
     figures: dict[str, Figure] = field(factory=dict)
+    notes: tuple[str, ...] = ()
+    """What else a person should know, such as why a faster kernel is not there."""
 
     def check_dtype(self, dtype: str) -> None:
         if dtype not in self.dtypes:

@@ -33,6 +33,8 @@ def devices(as_json: bool) -> None:
             f"  layouts     {', '.join(f'{d}: {layout}' for d, layout in c.linear_layouts.items()) or 'plain'}"
         )
         click.echo(f"  kernels     {len(c.kernels)}: {', '.join(sorted(c.kernels))}")
+        for note in c.notes:
+            click.echo(f"  {note}")
         for what, figure in c.figures.items():
             how = "measured" if figure.verified else "not verified"
             click.echo(f"  {what}  {figure.value:g} {figure.unit} ({figure.source}; {how})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sagellm.backends.base import Backend
+from sagellm.backends.cpu import native
 from sagellm.backends.cpu.codegen import HEADER, KERNELS, LOADS
 from sagellm.backends.cpu.kernels import CpuCache, CpuRows
 from sagellm.backends.emit import emit_program
@@ -29,6 +30,7 @@ class CpuBackend(Backend):
             kv_dtypes=("bfloat16", "float32", "float16"),
             block_sizes=(16, 32, 64, 128),
             linear_layouts={"bfloat16": "onednn", "float32": "onednn"} if packed else {},
+            notes=(f"native kernels: {native.unavailable() or 'built for this machine'}",),
         )
 
     def emit(self, graph: IRGraph, name: str) -> Program:
