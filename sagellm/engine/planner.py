@@ -87,7 +87,12 @@ class Planner:
         self.scheduler.submit(request, int(self._seeds.integers(2**63)) if seed is None else seed)
 
     def schedule(self) -> Batch:
-        """Stages admit and decide: the next step's batch, with what the passes decided about it."""
-        batch = self.scheduler.schedule()
+        """Stages admit and decide: the next step's batch, with what the passes decided about it.
+
+        The first decision is about all candidates; those without room in the token budget leave.
+        """
+        batch = self.scheduler.propose()
         self.pipeline.decide(batch)
+        if self.scheduler.fit(batch):
+            self.pipeline.decide(batch)
         return batch

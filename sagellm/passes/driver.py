@@ -121,6 +121,8 @@ class Pipeline:
         return ",".join(map(str, self.passes))
 
     def decide(self, batch: Batch) -> None:
+        """Every batch pass decides about this step, anew."""
+        batch.facts, batch.notes = {}, {}
         for p in self.deciding:
             p.decide(batch)
 

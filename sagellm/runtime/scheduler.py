@@ -53,22 +53,35 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self.waiting or self.requests)
 
-    def schedule(self) -> Batch:
-        """Admit what fits, then give every running sequence its part of the token budget, decodes first."""
+    def propose(self) -> Batch:
+        """Admit what has room; every running sequence is a candidate for the step with all its tokens."""
         self._admit()
         c, rows = self.columns, self._running
         left = c.length[rows] - c.context[rows]
         decoding = (left == 1) & (c.length[rows] > c.prompt[rows])
-        decode, prefill = rows[decoding], rows[~decoding]
-        c.new[decode] = 1
-        if not len(prefill):
-            return Batch(c, decode, prefill)
-        room = max(1, self.budget - len(decode))
-        start = np.concatenate([[0], np.cumsum(left[~decoding])[:-1]])
-        chunk = np.clip(room - start, 0, left[~decoding])
-        prefill, chunk = prefill[chunk > 0], chunk[chunk > 0]
-        c.new[prefill] = chunk
-        return Batch(c, decode, prefill)
+        c.new[rows] = left
+        return Batch(c, rows[decoding], rows[~decoding])
+
+    def fit(self, batch: Batch) -> bool:
+        """Cut the prefills to the token budget, decodes first, counting what will be forwarded; was there a cut?
+
+        Sequences that take over tokens count without them and stand behind their leader, so none stays without one.
+        """
+        c, rows = self.columns, batch.prefill
+        room = max(1, self.budget - len(batch.decode))
+        if c.new[rows].sum() <= room:
+            return False
+        order = leaders_first(c, rows) if c.shared[rows].any() else rows
+        ends = np.cumsum((c.new - c.shared)[order])
+        if not len(ends) or ends[-1] <= room:
+            return False
+        whole = int(np.searchsorted(ends, room, side="right"))
+        first = order[whole]
+        part = room - (int(ends[whole - 1]) if whole else 0)
+        c.new[first] = c.shared[first] + part
+        kept = order[: whole + (c.new[first] > 0)]
+        batch.prefill = rows[np.isin(rows, kept)]
+        return True
 
     def _admit(self) -> None:
         while self.waiting and self._free:
@@ -104,3 +117,14 @@ class Scheduler:
         self._running = self._running[self._running != row]
         self.ids.discard(self.requests.pop(row).id)
         self._free.append(row)
+
+
+def leaders_first(columns: Columns, rows: np.ndarray) -> np.ndarray:
+    """The rows in their order, except that a leader stands before the rows that follow it."""
+    order: dict[int, None] = {}
+    for row in rows.tolist():
+        chain = [row]
+        while columns.leader[chain[-1]] >= 0:
+            chain.append(int(columns.leader[chain[-1]]))
+        order |= dict.fromkeys(reversed(chain))
+    return np.array(list(order), rows.dtype)

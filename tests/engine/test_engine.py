@@ -284,9 +284,9 @@ def test_sixteen_questions_about_one_text_forward_the_text_once(checkpoint):
     folder = checkpoint(max_position_embeddings=1024)
     text = random_tokens(512, 1)
     prompts = [text + [i] + random_tokens(31, 2) for i in range(16)]
-    core = make_core(folder, max_sequences=16, max_batched_tokens=16 * 544)
+    core = make_core(folder, max_sequences=16)
     assert forwarded(core, prompts) == 512 + 16 * 32
-    core = make_core(folder, "", max_sequences=16, max_batched_tokens=16 * 544)
+    core = make_core(folder, "", max_sequences=16)
     assert forwarded(core, prompts) == 16 * 544
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from sagellm.batch import Columns, Phase, Request, SamplingParams
 from sagellm.errors import UserError
+from sagellm.passes.driver import Pipeline
 from sagellm.passes.prefix_dedup import PrefixDedup
 from sagellm.rows import build_rows
 from sagellm.runtime.pool import BlockPool
@@ -31,9 +32,12 @@ class Runner:
         self.scheduler.submit(Request(name, prompt, SamplingParams(max_tokens=max_tokens)), seed=0)
 
     def step(self):
-        c, batch = self.columns, self.scheduler.schedule()
-        if self.dedup:
-            PrefixDedup().decide(batch)
+        c, batch = self.columns, self.scheduler.propose()
+        pipeline = Pipeline([PrefixDedup()] if self.dedup else [])
+        pipeline.decide(batch)
+        if self.scheduler.fit(batch):
+            pipeline.decide(batch)
+        assert len(batch.decode) + self.to_forward(batch) <= max(self.scheduler.budget, len(batch.decode) + 1)
         shared = Phase.PREFILL in batch.facts
         self.pool.extend(c, batch.decode)
         (self.pool.extend_shared if shared else self.pool.extend)(c, batch.prefill)
@@ -52,6 +56,9 @@ class Runner:
                 self.finished[request.id] = c.tokens[row, c.prompt[row] : c.length[row]].tolist()
                 self.scheduler.finish(row)
         return batch
+
+    def to_forward(self, batch):
+        return int((self.columns.new - self.columns.shared)[batch.prefill].sum())
 
     def write(self, batch, rows):
         """As a backend does it: one number for each token on the flattened axis, which knows its position only."""
@@ -117,10 +124,7 @@ def test_sharing_chunking_and_waiting_change_no_sequence(jobs, capacity, budget,
         runner.submit(str(index), prompt, max_tokens)
     gone, steps = set(), 0
     while runner.scheduler.busy:
-        batch = runner.step()
-        assert len(batch.decode) + runner.columns.new[batch.prefill].sum() <= max(
-            budget, len(batch.decode) + 1
-        )
+        runner.step()
         for row, request in list(runner.scheduler.requests.items()):
             if (steps, int(request.id)) in aborts:
                 runner.scheduler.finish(row)
