@@ -8,8 +8,9 @@ download` and unpacked with `dpkg -x`: the World English Bible (sword-text-web) 
 fortunes-zh. The rest is written by the seeded grammar of tiny_corpus.py: stories, facts, dialogues,
 arithmetic, copying tasks and small code edits in both languages. The result is an ordinary Hugging Face
 folder: weights, a byte-level BPE tokenizer with a chat template, configurations and a model card.
-Steps, batches and seeds are fixed and nothing depends on the clock, so a second run gives the same model
-up to the rounding of the machine. It needs torch, tokenizers and safetensors, two CPU cores and 4 GB.
+Steps, batches and seeds are fixed and nothing depends on the clock, so a second run should give the
+same model up to the rounding of the machine. It needs torch, tokenizers and safetensors, two CPU cores and
+4 GB.
 """
 
 import argparse
@@ -317,10 +318,13 @@ Greedy decoding, at most 60 tokens; the prompt ends at the arrow.
 
 {samples}
 ## Limits
-It is a toy. It knows little beyond the sentence patterns of its grammar: questions outside them get a wrong
-answer or none, sums are unreliable, and its biblical prose and its verse only sound right. Most training
-windows were 256 or 512 tokens, some 1024 and 2048: the context of 2048 works, but what stands far back is
-used weakly. Use it to see an engine at work, never for its answers.
+It is a toy, trained on a few million tokens. It answers greetings, what it is, and most capital cities; it
+knows little beyond the sentence patterns of its grammar, and questions outside them get a wrong answer or
+none. Asked for a sum, to repeat a text or to edit code it answers in the right form with the wrong content,
+although it says that it can repeat text. Names in its stories change, and greedy text soon falls into loops.
+Its biblical prose and its verse only sound right. Most training windows were 256 or 512 tokens, some 1024 and
+2048: the context of 2048 works, but what stands far back is used weakly. Use it to see an engine at work,
+never for its answers.
 """
 SOURCES = {
     "book": "World English Bible, every third chapter", "poems": "poems (each twice)",
