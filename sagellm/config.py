@@ -64,7 +64,9 @@ class EngineConfig:
     """Part of the free memory that the KV cache may take."""
     seed: int = field(default=0)
     """Where requests without a seed get theirs: the same requests in the same order draw the same tokens."""
-    record: Path | None = None
+    record: Path | None = field(
+        default=None, converter=lambda folder: None if folder is None else Path(folder)
+    )
     """Folder where every step is written, to be run again by `sagellm replay`; None writes nothing."""
     verify: str = "weak"
     """Checks on a graph that is compiled: off, weak or full."""

@@ -43,7 +43,7 @@ PHASE_LINE = "// -----// {} //----- //"
 def compile_(**given) -> None:
     """Show what a batch of prompts compiles to: graphs, plan, code, weights program.
 
-    The batch is the first step in which all prompts are processed together.
+    The batch is the first step; prompts beyond --max-batched-tokens are not in it.
     """
     settings = take(given, MODEL_NAMES)
     if bool(given["prompts_file"]) == bool(given["requests_file"]):

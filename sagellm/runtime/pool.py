@@ -74,7 +74,7 @@ class BlockPool:
             if leader in waiting:
                 place(leader)
             low, high = aliased[row]
-            if leader >= 0 and high > low:
+            if leader >= 0 and high > max(low, c.owned[row]):
                 c.blocks[row, low:high] = c.blocks[leader, low:high]
                 self.hold(c.blocks[row, low:high])
                 c.owned[row] = high

@@ -113,6 +113,7 @@ class Scheduler:
         c = self.columns
         self.pool.release(c.blocks[row, : c.owned[row]])
         c.owned[row] = c.length[row] = c.context[row] = 0
+        c.blocks[row] = 0
         self._reserved[row] = 0
         self._running = self._running[self._running != row]
         self.ids.discard(self.requests.pop(row).id)

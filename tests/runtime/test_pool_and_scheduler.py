@@ -262,3 +262,17 @@ def test_what_can_never_run_is_refused_in_one_line(prompt, max_tokens, message):
         runner.submit("bad", prompt, max_tokens)
     assert str(error.value) == message
     assert_all_free(runner)
+
+
+def test_a_step_that_failed_and_is_tried_again_leaks_no_block():
+    """Rows that share keep the blocks they got; the second attempt takes none of them again."""
+    runner = Runner(budget=100)
+    for name in "ab":
+        runner.submit(name, [1] * (3 * BLOCK) + [ord(name) % 3], 2)
+    batch = runner.scheduler.propose()
+    Pipeline([PrefixDedup()]).decide(batch)
+    for _ in range(3):
+        runner.pool.extend_shared(runner.columns, batch.prefill)
+    while runner.scheduler.busy:
+        runner.step()
+    assert_all_free(runner)

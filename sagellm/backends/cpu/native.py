@@ -66,7 +66,10 @@ def library() -> ctypes.CDLL:
     path = cache_folder() / f"native-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not path.exists():
         _build(compiler, path)
-    found = ctypes.CDLL(str(path))
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"cannot load {path} (remove it to build it again): {error}") from error
     for name, arguments in SIGNATURES.items():
         for suffix in DTYPES.values():
             function = getattr(found, f"{name}_{suffix}")
