@@ -57,7 +57,7 @@ class EngineConfig:
     max_sequences: int = field(default=64, validator=_positive)
     """Sequences that run at the same time."""
     max_batched_tokens: int = field(default=2048, validator=_positive)
-    """Tokens forwarded in one step; longer prompts are cut into chunks."""
+    """Tokens forwarded in one step; longer prompts are cut into chunks. Sequences that decode always take part."""
     max_length: int | None = field(default=None)
     """Tokens of a sequence, prompt and output; None takes the model's."""
     kv_memory_fraction: float = field(default=0.3, validator=_fraction)

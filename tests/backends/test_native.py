@@ -100,3 +100,13 @@ def test_one_row_times_a_packed_matrix(dtype, shape, biased):
     both = torch.cat([x, x])
     again = native.linear_onednn(both, packed, bias).double()
     torch.testing.assert_close(again[:1], exact, rtol=DTYPES[dtype], atol=roundings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slices_are_read_as_what_they_are(dtype):
+    """A piece of a split product is not contiguous; an edited graph may hand it to any kernel."""
+    wide, w = random(4, dtype, 3, 64), random(5, dtype, 16)
+    x, y = wide[:, 8:24], wide[:, 40:56]
+    close(native.rms_norm(x, w, 1e-6), kernels.rms_norm(x.float(), w.float(), 1e-6))
+    assert torch.equal(native.add_rms_norm(x, y, w, 1e-6)[0], x + y)
+    close(native.silu_mul(x), kernels.silu_mul(x.float()))

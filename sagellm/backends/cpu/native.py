@@ -116,6 +116,7 @@ def _function(name: str, dtype: torch.dtype):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[T, N] normalised over N."""
+    x = x.contiguous()
     y = torch.empty_like(x)
     rows, n = x.shape
     f = _function("rms_norm", x.dtype)
@@ -135,6 +136,7 @@ def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """[T, N]: the sum, and its norm."""
+    x, y = x.contiguous(), y.contiguous()
     total, normed = torch.empty_like(x), torch.empty_like(x)
     rows, n = x.shape
     f = _function("add_rms_norm", x.dtype)
@@ -144,6 +146,7 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tens
 
 def silu_mul(x: Tensor) -> Tensor:
     """[T, 2 N] -> [T, N]"""
+    x = x.contiguous()
     rows, width = x.shape
     y = torch.empty((rows, width // 2), dtype=x.dtype)
     _function("silu_mul", x.dtype)(x.data_ptr(), y.data_ptr(), rows, width // 2)
