@@ -7,6 +7,7 @@ to know of it is a number in a column, so that no step walks over requests in Py
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from enum import IntEnum, IntFlag
 
 import numpy as np
@@ -46,6 +47,26 @@ def _whole(low: int, high: int | None = None):
     return check
 
 
+def _seconds(instance: object, attribute, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise UserError(f"{attribute.name} is {value!r}; accepted: seconds, more than 0")
+
+
+def _pairs(value: object) -> object:
+    """{token: bias}, as the OpenAI API has it (JSON makes texts of its keys), or pairs."""
+    try:
+        items = value.items() if isinstance(value, dict) else (value or ())
+        return tuple((int(t) if isinstance(t, str) else t, bias) for t, bias in items)
+    except (TypeError, ValueError):
+        raise UserError(f"logit_bias is {value!r}; accepted: {{token id: bias}}") from None
+
+
+def _ids(value: object) -> tuple:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise UserError(f"stop_token_ids is {value!r}; accepted: a list of token ids")
+    return tuple(value)
+
+
 @define(frozen=True, kw_only=True)
 class SamplingParams:
     """How a request's tokens are chosen. Names and defaults are those of the OpenAI API and of vLLM."""
@@ -66,10 +87,18 @@ class SamplingParams:
     stop: tuple[str, ...] = field(
         default=(), converter=lambda s: (s,) if isinstance(s, str) else tuple(s or ())
     )
-    stop_token_ids: tuple[int, ...] = field(default=(), converter=tuple)
+    stop_token_ids: tuple[int, ...] = field(default=(), converter=_ids)
     ignore_eos: bool = False
+    min_tokens: int = field(default=0, validator=_whole(0))
+    """End tokens cannot be chosen before this many; stop strings neither end the output before."""
+    logit_bias: tuple[tuple[int, float], ...] = field(default=(), converter=_pairs)
+    """Added to these tokens' logits, from -100 to 100; given as {token: bias}, kept as pairs."""
     logprobs: int | None = field(default=None)
     """Return the logprob of each chosen token and of this many likeliest ones (0: the chosen alone)."""
+    prompt_logprobs: int | None = field(default=None)
+    """The same for each token of the prompt but the first; the prompt is then computed whole."""
+    n: int = field(default=1, validator=_whole(1, 128))
+    """Outputs wanted; they share the prompt's keys and values."""
 
     @seed.validator
     def _check_seed(self, attribute, value) -> None:
@@ -83,7 +112,26 @@ class SamplingParams:
         if not all(isinstance(s, str) and s for s in value):
             raise UserError(f"stop is {list(value)!r}; accepted: a list of texts that are not empty")
 
+    @stop_token_ids.validator
+    def _check_stop_token_ids(self, attribute, value) -> None:
+        for token in value:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise UserError(f"stop_token_ids has {token!r}; accepted: token ids")
+
+    @min_tokens.validator
+    def _check_min_tokens(self, attribute, value) -> None:
+        _whole(0, self.max_tokens)(self, attribute, value)
+
+    @logit_bias.validator
+    def _check_logit_bias(self, attribute, value) -> None:
+        for token, bias in value:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise UserError(f"logit_bias has token {token!r}; accepted: token ids")
+            if not isinstance(bias, (int, float)) or isinstance(bias, bool) or not -100 <= bias <= 100:
+                raise UserError(f"logit_bias of token {token} is {bias!r}; accepted: -100 to 100")
+
     @logprobs.validator
+    @prompt_logprobs.validator
     def _check_logprobs(self, attribute, value) -> None:
         if value is not None:
             _whole(0, 20)(self, attribute, value)
@@ -100,6 +148,14 @@ class Request:
     id: str
     prompt: list[int]
     sampling: SamplingParams = field(factory=SamplingParams)
+    priority: int = field(default=0, validator=_whole(-(2**31), 2**31 - 1))
+    """Lower goes first, where the engine's order is `priority`."""
+    deadline: float = field(default=math.inf, validator=_seconds)
+    """Seconds from submission within which the first token is wanted; the earliest goes first under `deadline`."""
+    salt: str = ""
+    """Requests of different salts never share cached blocks: one per tenant keeps them apart."""
+    output: list[list[int]] = field(factory=list)
+    """Tokens already generated, per sample: a stream that goes on after its core was lost. None is drawn again."""
 
 
 class Stage(IntFlag):
@@ -110,6 +166,7 @@ class Stage(IntFlag):
     TOP_P = 4
     MIN_P = 8
     PENALTIES = 16
+    BIAS = 32
 
     @classmethod
     def of(cls, sampling: SamplingParams) -> Stage:
@@ -120,6 +177,8 @@ class Stage(IntFlag):
             or sampling.frequency_penalty != 0.0
         ):
             stages |= cls.PENALTIES
+        if sampling.logit_bias or sampling.min_tokens:
+            stages |= cls.BIAS
         if sampling.greedy:
             return stages
         stages |= cls.DRAW
@@ -132,7 +191,8 @@ class Stage(IntFlag):
 class Columns:
     """The running sequences as columns; a sequence is a row number until it ends.
 
-    Shapes: [capacity], `tokens` [capacity, max_length], `blocks` [capacity, max_length / block_size].
+    Shapes: [capacity], `tokens` [capacity, max_length], `blocks` [capacity, max_length / block_size]; `stops` and
+    the two of `bias` are as wide as the row that has most, the rest is -1.
     """
 
     def __init__(self, capacity: int, max_length: int, block_size: int):
@@ -142,11 +202,19 @@ class Columns:
         """Keys of longer sequences depend on the length too (dynamic rope): only equally long ones can share."""
         self.tokens = np.zeros((capacity, max_length), np.int32)
         self.blocks = np.zeros((capacity, self.max_blocks), np.int32)
+        self.number = np.full(capacity, -1, np.int64)
+        """Which request this is: numbers go up with submission, and requests keep theirs."""
+        self.sample = np.zeros(capacity, np.int64)
+        """Which of a request's `n` samples this is."""
         self.prompt = np.zeros(capacity, np.int32)
         self.length = np.zeros(capacity, np.int32)
         """Known tokens: the prompt and what was generated."""
+        self.limit = np.zeros(capacity, np.int32)
+        """The length at which the sequence ends."""
         self.context = np.zeros(capacity, np.int32)
         """Tokens whose keys and values are in the cache."""
+        self.computed = np.zeros(capacity, np.int32)
+        """The most that `context` was before the sequence was put back: what lies below is computed again."""
         self.owned = np.zeros(capacity, np.int32)
         """Entries of `blocks` in use."""
         self.new = np.zeros(capacity, np.int32)
@@ -163,25 +231,55 @@ class Columns:
         self.presence = np.zeros(capacity, np.float32)
         self.frequency = np.zeros(capacity, np.float32)
         self.seed = np.zeros(capacity, np.uint64)
-        self.sample = np.zeros(capacity, np.int64)
-        """Which of a request's `n` samples this is."""
+        self.minimum = np.zeros(capacity, np.int32)
+        """The length below which no end token may be chosen."""
+        self.stops = np.full((capacity, 1), -1, np.int32)
+        """Tokens that end the sequence."""
+        self.bias_tokens = np.full((capacity, 0), -1, np.int32)
+        self.bias = np.zeros((capacity, 0), np.float32)
+        self.logprobs = np.full(capacity, -1, np.int32)
+        """How many likeliest tokens to report beside the chosen one; -1 reports nothing."""
+        self.prompt_logprobs = np.full(capacity, -1, np.int32)
+        """The same for the prompt's tokens."""
 
-    def fill(self, row: int, request: Request, seed: int) -> None:
-        """Put a request into a free row."""
-        count, sampling = len(request.prompt), request.sampling
-        self.tokens[row, :count] = request.prompt
-        self.prompt[row] = self.length[row] = count
-        self.context[row] = self.owned[row] = self.new[row] = self.shared[row] = 0
+    def fill(
+        self, row: int, request: Request, *, seed: int = 0, number: int = 0, sample: int = 0, end=()
+    ) -> None:
+        """Put a request into a free row; `end` are the model's end tokens."""
+        how = request.sampling
+        known = request.prompt + (request.output[sample] if sample < len(request.output) else [])
+        self.tokens[row, : len(known)] = known
+        self.number[row], self.sample[row], self.seed[row] = number, sample, seed
+        self.prompt[row], self.length[row] = len(request.prompt), len(known)
+        self.limit[row] = min(len(request.prompt) + how.max_tokens, self.max_length)
+        self.minimum[row] = len(request.prompt) + how.min_tokens
+        self.context[row] = self.computed[row] = self.owned[row] = self.new[row] = self.shared[row] = 0
         self.leader[row] = -1
-        self.stages[row] = Stage.of(sampling)
-        self.temperature[row] = sampling.temperature
-        self.top_k[row] = sampling.top_k
-        self.top_p[row] = sampling.top_p
-        self.min_p[row] = sampling.min_p
-        self.repetition[row] = sampling.repetition_penalty
-        self.presence[row] = sampling.presence_penalty
-        self.frequency[row] = sampling.frequency_penalty
-        self.seed[row] = seed
+        self.stages[row] = Stage.of(how)
+        self.temperature[row] = how.temperature
+        self.top_k[row] = how.top_k
+        self.top_p[row] = how.top_p
+        self.min_p[row] = how.min_p
+        self.repetition[row] = how.repetition_penalty
+        self.presence[row] = how.presence_penalty
+        self.frequency[row] = how.frequency_penalty
+        self.logprobs[row] = -1 if how.logprobs is None else how.logprobs
+        self.prompt_logprobs[row] = -1 if how.prompt_logprobs is None else how.prompt_logprobs
+        ends = (*how.stop_token_ids, *(() if how.ignore_eos else end))
+        self.stops = _put(self.stops, row, ends, -1)
+        self.bias_tokens = _put(self.bias_tokens, row, [token for token, _ in how.logit_bias], -1)
+        self.bias = _put(self.bias, row, [bias for _, bias in how.logit_bias], 0)
+
+
+def _put(column: np.ndarray, row: int, values, rest: float) -> np.ndarray:
+    """Write a row of a ragged column, which grows where it is too narrow."""
+    if len(values) > column.shape[1]:
+        wider = np.full((len(column), len(values)), rest, column.dtype)
+        wider[:, : column.shape[1]] = column
+        column = wider
+    column[row] = rest
+    column[row, : len(values)] = values
+    return column
 
 
 class Batch:

@@ -59,7 +59,7 @@ def options(*some: Callable) -> Callable:
 
 def take(values: dict, names: tuple[str, ...]) -> dict:
     """Remove these options from what click gave, and return them."""
-    return {name: values.pop(name) for name in names}
+    return {name: values.pop(name) for name in names if name in values}
 
 
 def read_lines(file: str) -> list[str]:

@@ -92,7 +92,7 @@ class Scheduler:
             self.waiting.popleft()
             row = self._free.pop()
             self._reserved[row] = blocks
-            self.columns.fill(row, request, seed)
+            self.columns.fill(row, request, seed=seed)
             self.requests[row] = request
             self._running = np.append(self._running, row)
 
