@@ -156,6 +156,8 @@ class Request:
     """Requests of different salts never share cached blocks: one per tenant keeps them apart."""
     output: list[list[int]] = field(factory=list)
     """Tokens already generated, per sample: a stream that goes on after its core was lost. None is drawn again."""
+    ended: tuple[int, ...] = ()
+    """Samples that are not wanted any more, as they have ended."""
 
 
 class Stage(IntFlag):
@@ -241,6 +243,10 @@ class Columns:
         """How many likeliest tokens to report beside the chosen one; -1 reports nothing."""
         self.prompt_logprobs = np.full(capacity, -1, np.int32)
         """The same for the prompt's tokens."""
+        self.arrived = np.zeros(capacity)
+        """Seconds on the scheduler's clock, as are the next two."""
+        self.first_token = np.zeros(capacity)
+        self.last_token = np.zeros(capacity)
 
     def fill(
         self, row: int, request: Request, *, seed: int = 0, number: int = 0, sample: int = 0, end=()
@@ -282,18 +288,33 @@ def _put(column: np.ndarray, row: int, values, rest: float) -> np.ndarray:
     return column
 
 
+@define
+class Moves:
+    """Blocks that change their place before a step computes, in this order; empty again once a step did it."""
+
+    evict: list[int] = field(factory=list)
+    """Blocks that leave the device's prefix index."""
+    offload: list[tuple[int, int]] = field(factory=list)
+    """(block, slot in host memory)."""
+    fetch: list[tuple[int, int]] = field(factory=list)
+    """(slot in host memory, block)."""
+    copy: list[tuple[int, int]] = field(factory=list)
+    """(block, block)."""
+
+
 class Batch:
     """One step: which rows decode, which prefill.
 
     What passes decided is in the columns; the structure of it in `facts`, by phase; in words in `notes`, by pass.
     """
 
-    __slots__ = ("columns", "decode", "facts", "notes", "prefill")
+    __slots__ = ("columns", "decode", "facts", "moves", "notes", "prefill")
 
     def __init__(self, columns: Columns, decode: np.ndarray, prefill: np.ndarray):
         self.columns, self.decode, self.prefill = columns, decode, prefill
         self.facts: dict[Phase, tuple[str, ...]] = {}
         self.notes: dict[str, str] = {}
+        self.moves = Moves()
 
     def rows(self, phase: Phase) -> np.ndarray:
         return self.decode if phase is Phase.DECODE else self.prefill

@@ -64,6 +64,10 @@ class EngineConfig:
     """Part of the free memory that the KV cache may take."""
     seed: int = field(default=0)
     """Where requests without a seed get theirs: the same requests in the same order draw the same tokens."""
+    order: str = "fcfs"
+    max_queue: int = 1024
+    host_kv_gib: float = 0.0
+    prefix_caching: bool = True
     record: Path | None = field(
         default=None, converter=lambda folder: None if folder is None else Path(folder)
     )

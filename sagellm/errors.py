@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Bad input. The command line prints it as one line and exits with status 2."""
 
 
+class QueueFull(UserError):
+    """No room for another request now; later there may be."""
+
+
 def unknown(what: str, value: object, accepted: object) -> UserError:
     """`unknown pass 'foo'; accepted: a, b, c` (accepted may be any iterable of names)."""
     names = accepted if isinstance(accepted, str) else ", ".join(str(name) for name in accepted)

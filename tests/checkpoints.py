@@ -24,7 +24,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sagellm.batch import Request, SamplingParams
 from sagellm.config import EngineConfig
-from sagellm.engine.core import EngineCore, TokenEvent
+from sagellm.engine.core import EngineCore
+from sagellm.engine.events import TokenEvent
 
 torch.set_num_threads(1)  # two cores are shared by everything that runs here
 transformers.utils.logging.set_verbosity_error()

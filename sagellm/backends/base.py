@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from sagellm.backends.plan import Program
 from sagellm.config import KVCacheSchema
@@ -21,6 +22,16 @@ class KVCache(Protocol):
 
     def clear(self, blocks: np.ndarray) -> None:
         """Forget what these blocks held, as they go to another sequence."""
+
+    def read(self, blocks: np.ndarray) -> Tensor:
+        """Keys and values of these blocks in host memory: [blocks, layers, 2, block_size, heads, head_dim]."""
+        ...
+
+    def write(self, blocks: np.ndarray, values: Tensor) -> None:
+        """Put such keys and values into these blocks."""
+
+    def copy(self, blocks: np.ndarray, copies: np.ndarray) -> None:
+        """Make each copy hold what its block holds."""
 
 
 class Backend(ABC):

@@ -5,51 +5,26 @@ Building one is told as stages: planner (folder, config, compiler) -> weights ->
 
 from __future__ import annotations
 
-from collections import Counter
+import logging
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from attrs import define, field, frozen
+import numpy as np
 
 from sagellm.batch import Batch
 from sagellm.compiler import expected_tensors
 from sagellm.config import EngineConfig
+from sagellm.engine.events import LENGTH, NOTHING, REASONS, STOP, Began, Failed, StepEvents, TokenEvent
 from sagellm.engine.load import Progress, load_weights
 from sagellm.engine.planner import Planner
 from sagellm.engine.record import begin_recording
+from sagellm.engine.stats import Counters, EngineStats, Times
+from sagellm.errors import UserError
 from sagellm.models.checkpoint import Checkpoint
 from sagellm.runtime.executor import Executor, StepOutcome
 
-
-@frozen
-class TokenEvent:
-    """One token of one request."""
-
-    request_id: str
-    index: int
-    """Position among the request's output tokens, from 0."""
-    token: int
-    finish_reason: str | None = None
-    """`stop` (an end token), `length`, or None while it goes on."""
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    """Likeliest tokens and their logprobs, best first."""
-
-
-@define
-class Counters:
-    """Counted from executed plans."""
-
-    steps: int = 0
-    forwarded: int = 0
-    """Tokens that went through the model."""
-    prompt: int = 0
-    """Prompt tokens of the requests that began."""
-    shared: int = 0
-    """Prompt tokens that did not, because another sequence of the step computed them."""
-    generated: int = 0
-    remarks: Counter = field(factory=Counter)
-    """(pass, applied) -> how often, over the steps executed and the models compiled."""
+log = logging.getLogger(__name__)
 
 
 class EngineCore(Planner):
@@ -57,16 +32,16 @@ class EngineCore(Planner):
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None):
         super().__init__(config)
-        self.counters = Counters()
+        self.counters, self.times = Counters(), Times()
         self._counted: set[tuple[str, ...]] = set()
         compiled = self.compiler.model(("prefill",))
         expected = expected_tensors(compiled.graph)
         self.weights: SimpleNamespace = load_weights(
             compiled.program, Checkpoint(self.folder), expected, progress
         )
-        self.cache = self.backend.make_cache(self.kv_schema, len(self.pool.references))
+        self.cache = self.backend.make_cache(self.kv_schema, len(self.kv.pool.references))
         self.executor = Executor(
-            self.backend, self.columns, self.pool, self.cache, self.weights, self._function
+            self.backend, self.columns, self.kv, self.cache, self.weights, self._function
         )
 
     def _function(self, name: str, words: tuple[str, ...]) -> Callable:
@@ -83,47 +58,175 @@ class EngineCore(Planner):
     def busy(self) -> bool:
         return self.scheduler.busy
 
-    def abort(self, request_id: str) -> bool:
-        """End a request wherever it is; False if there is none of this id."""
-        return self.scheduler.abort(request_id)
+    def abort(self, request_id: str, sample: int | None = None) -> bool:
+        """End a request, or one sample of it, wherever it is; False if there is none of this id."""
+        if sample is None:
+            return bool(self.scheduler.abort(request_id))
+        return bool(self.scheduler.drop_sample(request_id, sample))
+
+    def step(self) -> list[TokenEvent]:
+        """One step of the engine; its token events, none where there is nothing to do."""
+        names = {number: name for name, number in self.scheduler.numbers.items()}
+        return list(self.advance().events(names))
+
+    def advance(self) -> StepEvents:
+        """One step of the engine, as columns."""
+        if not self.busy:
+            return NOTHING
+        began = time.perf_counter()
+        batch = self.schedule()
+        now = self.scheduler.clock()
+        started = self._note_begun(now)
+        results, failed = self._run(batch)
+        events = [self._settle(part, outcome) for part, outcome in results]
+        done = time.perf_counter()
+        self.times.step.add(np.array([done - began]))
+        return _merged(events, started, failed)
+
+    def _note_begun(self, now: float) -> list[Began]:
+        begun, self.scheduler.counts.began = self.scheduler.counts.began, []
+        started = []
+        for s in begun:
+            if s.row < 0:
+                continue
+            fresh = s.computed == 0
+            if fresh:
+                self.counters.prompt += len(s.request.prompt)
+                self.times.queue.add(np.array([now - s.arrived]))
+            started.append(Began(s.number, s.sample, s.hit, s.miss, now - s.arrived))
+        return started
+
+    def _run(self, batch: Batch) -> tuple[list[tuple[Batch, StepOutcome]], list[Failed]]:
+        """Execute a batch. Where it raises, its halves are tried, so that only those fail that cannot run."""
+        try:
+            return [(batch, self.execute(batch))], []
+        except UserError:
+            raise
+        except Exception as error:
+            self.counters.failed_steps += 1
+            rows = np.concatenate([batch.decode, batch.prefill])
+            if len(rows) == 1:
+                sequence = self.scheduler.sequences[int(rows[0])]
+                message = f"{type(error).__name__}: {error}"
+                log.exception("request %s failed in step %d", sequence.request.id, self.counters.steps)
+                self.scheduler.finish(int(rows[0]))
+                self.counters.finished["error"] += 1
+                return [], [Failed(sequence.number, sequence.sample, message)]
+            log.warning("a step of %d sequences raised %r; its halves are tried", len(rows), error)
+        results, failed = [], []
+        for half in np.array_split(rows, 2):
+            part = Batch(batch.columns, *(r[np.isin(r, half)] for r in (batch.decode, batch.prefill)))
+            part.moves = batch.moves
+            self.pipeline.decide(part)
+            done, lost = self._run(part)
+            results += done
+            failed += lost
+        return results, failed
 
     def execute(self, batch: Batch) -> StepOutcome:
         """Stages lower, execute and commit."""
+        finish = None
+        if self.config.record:
+            self.executor.move(batch)
+            finish = begin_recording(self, batch)
         step = self.compiler.step(batch)
-        finish = begin_recording(self, batch) if self.config.record else None
+        c, prefill = self.columns, batch.prefill
+        again = int(np.clip(c.computed[prefill] - c.context[prefill], 0, c.new[prefill]).sum())
         outcome = self.executor.run(step.plan, batch)
         if finish:
             finish(outcome)
         self.counters.steps += 1
         self.counters.forwarded += outcome.forwarded
         self.counters.shared += batch.new_tokens - outcome.forwarded
+        self.counters.recomputed += again
         self.counters.remarks.update((r.pass_name, r.done) for r in step.remarks)
         return outcome
 
-    def step(self) -> list[TokenEvent]:
-        """One step of the engine; its token events, none where there is nothing to do."""
-        if not self.busy:
-            return []
-        batch = self.schedule()
-        began = batch.prefill[self.columns.context[batch.prefill] == 0]
-        self.counters.prompt += int(self.columns.prompt[began].sum())
-        outcome = self.execute(batch)
-        return [self._event(i, outcome) for i in range(len(outcome.rows))]
-
-    def _event(self, index: int, outcome: StepOutcome) -> TokenEvent:
-        row, token = int(outcome.rows[index]), int(outcome.tokens[index])
-        request = self.scheduler.requests[row]
-        how = request.sampling
-        produced = int(self.columns.length[row] - self.columns.prompt[row])
-        self.counters.generated += 1
-        ends = (not how.ignore_eos and token in self.model.eos_token_ids) or token in how.stop_token_ids
-        reason = "stop" if ends else None
-        if reason is None and self.columns.length[row] >= self.scheduler.limit(request):
-            reason = "length"
-        logprob, top = None, ()
-        if how.logprobs is not None:
-            logprob, listed = outcome.logprobs(index, how.logprobs)
-            top = tuple(listed)
-        if reason is not None:
+    def _settle(self, batch: Batch, outcome: StepOutcome) -> StepEvents:
+        """After the commit: who ended, what is reported, what others may find."""
+        c, rows, tokens = self.columns, outcome.rows, outcome.tokens
+        self.scheduler.committed(batch)
+        reasons = np.where((c.stops[rows] == tokens[:, None]).any(1), STOP, 0)
+        reasons = np.where((reasons == 0) & (c.length[rows] >= c.limit[rows]), LENGTH, reasons).astype(
+            np.int8
+        )
+        numbers, samples, indices = c.number[rows], c.sample[rows], c.length[rows] - c.prompt[rows] - 1
+        logprobs = {}
+        for i in np.flatnonzero(c.logprobs[rows] >= 0).tolist():
+            chosen, listed = outcome.logprobs(i, int(c.logprobs[rows[i]]))
+            logprobs[i] = (chosen, tuple(listed))
+        self.counters.generated += len(rows)
+        self._time(rows, indices)
+        for i in np.flatnonzero(reasons).tolist():
+            row = int(rows[i])
+            if indices[i] > 0:
+                self.times.tpot.add(np.array([(c.last_token[row] - c.first_token[row]) / indices[i]]))
             self.scheduler.finish(row)
-        return TokenEvent(request.id, produced - 1, token, reason, logprob, top)
+            self.counters.finished[REASONS[reasons[i]]] += 1
+        return StepEvents(numbers, samples, indices, tokens, reasons, logprobs)
+
+    def _time(self, rows: np.ndarray, indices: np.ndarray) -> None:
+        now = self.scheduler.clock()
+        c, first = self.columns, indices == 0
+        if first.any():
+            fresh = rows[first]
+            self.times.ttft.add(now - c.arrived[fresh])
+            c.first_token[fresh] = now
+        if not first.all():
+            self.times.itl.add(now - c.last_token[rows[~first]])
+        c.last_token[rows] = now
+
+    def stats(self) -> EngineStats:
+        scheduler, kv, count = self.scheduler, self.kv, self.counters
+        return EngineStats(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            kv_blocks=kv.pool.total,
+            kv_blocks_used=kv.pool.used,
+            kv_blocks_cached=kv.pool.idle,
+            host_blocks=kv.host.slots if kv.host else 0,
+            host_blocks_used=len(kv.host) if kv.host else 0,
+            steps=count.steps,
+            forwarded=count.forwarded,
+            prompt=count.prompt,
+            generated=count.generated,
+            shared=count.shared,
+            reused=kv.counts.hit,
+            fetched=kv.counts.fetched,
+            recomputed=count.recomputed,
+            evicted_blocks=kv.counts.evicted,
+            offloaded_blocks=kv.counts.offloaded,
+            copied_blocks=kv.counts.copied,
+            preemptions=scheduler.counts.preemptions,
+            refused=scheduler.counts.refused,
+            finished=dict(count.finished),
+            failed_steps=count.failed_steps,
+            plan_hits=self.compiler.counts.hits,
+            plan_misses=self.compiler.counts.misses,
+            remarks={
+                p.name: {"applied": count.remarks[p.name, True], "declined": count.remarks[p.name, False]}
+                for p in self.pipeline.passes
+            },
+            times={name: getattr(self.times, name).summary() for name in Times.__slots__ if name[0] != "_"},
+        )
+
+
+def _merged(parts: list[StepEvents], began: list[Began], failed: list[Failed]) -> StepEvents:
+    if len(parts) == 1:
+        (one,) = parts
+        return StepEvents(
+            one.numbers, one.samples, one.indices, one.tokens, one.reasons, one.logprobs,
+            one.prompt_logprobs, began, failed,
+        )  # fmt: skip
+    if not parts:
+        parts = [NOTHING]
+    logprobs, prompts, at = {}, {}, 0
+    for part in parts:
+        logprobs |= {at + i: value for i, value in part.logprobs.items()}
+        prompts |= part.prompt_logprobs
+        at += len(part)
+    columns = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("numbers", "samples", "indices", "tokens", "reasons")
+    )
+    return StepEvents(*columns, logprobs, prompts, began, failed)

@@ -10,8 +10,9 @@ from attrs import define, evolve, field, frozen
 
 from sagellm.batch import Request, SamplingParams
 from sagellm.config import EngineConfig, KVCacheSchema
-from sagellm.engine.core import EngineCore, Progress, TokenEvent
+from sagellm.engine.core import EngineCore, Progress
 from sagellm.engine.detokenizer import Detokenizer
+from sagellm.engine.events import TokenEvent
 from sagellm.engine.tokenizer import Tokenizer
 from sagellm.errors import UserError
 from sagellm.target import CapabilityDescriptor

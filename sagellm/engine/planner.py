@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from sagellm.config import EngineConfig, KVCacheSchema
 from sagellm.errors import UserError
 from sagellm.models.config import load_config
 from sagellm.models.hub import resolve
-from sagellm.runtime.pool import BlockPool
+from sagellm.runtime.kv import KVManager
 from sagellm.runtime.scheduler import Scheduler
 
 
@@ -53,8 +54,22 @@ class Planner:
         self.columns = Columns(config.max_sequences, self._max_length(), config.block_size)
         if self.model.rope.kind == "dynamic":
             self.columns.alike_up_to = self.model.rope.original_max_positions
-        self.pool = BlockPool(self._block_count())
-        self.scheduler = Scheduler(self.columns, self.pool, config.max_batched_tokens)
+        self.kv = KVManager(
+            self.columns,
+            self._block_count(),
+            identity=f"{config.model} {self.kv_schema}",
+            caching=config.prefix_caching,
+            host_slots=int(config.host_kv_gib * 2**30 / self.kv_schema.bytes_per_block),
+        )
+        self.scheduler = Scheduler(
+            self.columns,
+            self.kv,
+            config.max_batched_tokens,
+            order=config.order,
+            max_queue=config.max_queue,
+            end_tokens=tuple(self.model.eos_token_ids),
+        )
+        self._numbers = count()
         self._seeds = np.random.default_rng(config.seed)
 
     def _max_length(self) -> int:
@@ -68,31 +83,34 @@ class Planner:
         wanted = self.config.max_sequences * self.columns.max_blocks
         free = available_memory()
         share = int(free * self.config.kv_memory_fraction)
-        count = min(wanted, share // self.kv_schema.bytes_per_block)
-        if count < 1:
+        blocks = min(wanted, share // self.kv_schema.bytes_per_block)
+        if blocks < 1:
             raise UserError(
                 f"kv_memory_fraction {self.config.kv_memory_fraction} of {free >> 20} MiB free memory holds no KV "
                 f"block of {self.kv_schema.bytes_per_block} bytes; accepted: a larger part or a smaller model"
             )
-        return count + 1
+        return blocks + 1
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; one that can never run is refused at once."""
-        if request.id in self.scheduler.ids:
-            raise UserError(f"request id {request.id!r} is in use; accepted: a new one")
+    def submit(self, request: Request, number: int | None = None) -> int:
+        """Queue a request; one that can never run is refused at once. Numbers go up; returns the request's."""
         for token in request.prompt:
             if not 0 <= token < self.model.vocab_size:
                 raise UserError(f"token id {token} in the prompt; accepted: 0 to {self.model.vocab_size - 1}")
         seed = request.sampling.seed
-        self.scheduler.submit(request, int(self._seeds.integers(2**63)) if seed is None else seed)
+        number = next(self._numbers) if number is None else number
+        self.scheduler.submit(request, number, int(self._seeds.integers(2**63)) if seed is None else seed)
+        return number
 
     def schedule(self) -> Batch:
         """Stages admit and decide: the next step's batch, with what the passes decided about it.
 
-        The first decision is about all candidates; those without room in the token budget leave.
+        The first decision is about all candidates; those without room in the token budget or the cache leave.
         """
         batch = self.scheduler.propose()
         self.pipeline.decide(batch)
-        if self.scheduler.fit(batch):
+        while self.scheduler.fit(batch):
+            batch.facts.clear()
+            batch.notes.clear()
             self.pipeline.decide(batch)
+        self.scheduler.place(batch)
         return batch

@@ -32,7 +32,7 @@ from sagellm.models.checkpoint import Checkpoint
 from sagellm.models.config import load_config
 from sagellm.models.hub import resolve
 from sagellm.runtime.executor import Executor, StepOutcome
-from sagellm.runtime.pool import BlockPool
+from sagellm.runtime.kv import KVManager
 
 if TYPE_CHECKING:
     from sagellm.engine.core import EngineCore
@@ -147,16 +147,16 @@ def replay(path: Path, target: str | None = None, model: str | None = None) -> R
         head_dim=config.head_dim,
     )
     held = int(tensors["held"])
-    pool = BlockPool(held + columns.capacity * columns.max_blocks + 1)
-    blocks = pool.take(held)
-    cache = backend.make_cache(schema, len(pool.references))
+    kv = KVManager(columns, held + columns.capacity * columns.max_blocks + 1)
+    blocks = kv.pool.take(held)
+    cache = backend.make_cache(schema, len(kv.pool.references))
     for layer, (keys, values) in enumerate(cache):
         if f"kv.{layer}.k" in tensors:
             keys[blocks], values[blocks] = tensors[f"kv.{layer}.k"], tensors[f"kv.{layer}.v"]
     if held:
         entries = tensors["blocks"].shape[1]
         columns.blocks[:, :entries] = blocks[tensors["blocks"].numpy()]
-    executor = Executor(backend, columns, pool, cache, weights, lambda name, words: program[name])
+    executor = Executor(backend, columns, kv, cache, weights, lambda name, words: program[name])
     outcome = executor.run(emit_step(only_block(graph.step)), batch)
     return Replay(outcome, tensors.get("out.logits"), tensors.get("out.tokens"), program)
 

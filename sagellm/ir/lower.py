@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -47,6 +48,9 @@ def lower(batch: Batch, vocab_size: int) -> Block:
         groups.append(_group(block, batch, Phase.DECODE, len(batch.decode)))
     if len(batch.prefill):
         groups.append(_group(block, batch, Phase.PREFILL, int(batch.columns.new[batch.prefill].sum())))
+    for kind, columns in _moves(batch):
+        rows = len(next(iter(columns.values())))
+        block.add_op(kind.create(properties={"table": TableAttr(Table(rows, columns))}))
     room = _add(block, kv.Allocate, groups, BLOCKS)
     phases = tuple(group.type.data[0] for group in groups)
     rows = _add(block, b.Rows, [*groups, room], rows_type(*phases))
@@ -57,6 +61,19 @@ def lower(batch: Batch, vocab_size: int) -> Block:
     tokens = _add(block, b.Sample, [hidden, how], tensor("int64", None), {"sampler": symbol("sample")})
     block.add_op(b.Commit.create(operands=[tokens, *groups]))
     return block
+
+
+def _moves(batch: Batch) -> Iterator[tuple[type, dict[str, np.ndarray]]]:
+    moves = batch.moves
+    if moves.evict:
+        yield kv.Evict, {"block": np.array(moves.evict)}
+    for kind, names, pairs in (
+        (kv.Offload, ("block", "slot"), moves.offload),
+        (kv.Fetch, ("slot", "block"), moves.fetch),
+        (kv.Copy, ("block", "copy"), moves.copy),
+    ):
+        if pairs:
+            yield kind, dict(zip(names, np.array(pairs).T))
 
 
 def _group(block: Block, batch: Batch, phase: Phase, tokens: int):

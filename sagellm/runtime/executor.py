@@ -1,7 +1,7 @@
 """Executes a step's plan: its calls, bound to the host functions below. It never sees a graph.
 
 Weights, cache and the compiled model functions come from outside; the executor changes the columns only in
-`batch.commit`, the pool only in `kv.allocate`.
+`batch.commit`, the pool only in `kv.allocate`; what moves between blocks was decided when the step was planned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sagellm.backends.base import Backend, KVCache
 from sagellm.backends.plan import ExecutionPlan
 from sagellm.batch import Batch, Columns, Phase
 from sagellm.rows import build_rows
-from sagellm.runtime.pool import BlockPool
+from sagellm.runtime.kv import KVManager
 
 
 @frozen
@@ -58,10 +58,12 @@ Functions = Callable[[str, tuple[str, ...]], Callable]
 class Executor:
     backend: Backend
     columns: Columns
-    pool: BlockPool
+    kv: KVManager
     cache: KVCache
     weights: Any
     functions: Functions
+    _host: torch.Tensor | None = None
+    """Blocks in host memory, [slots, ...] as the cache gives them."""
     _batch: Batch | None = None
     _forwarded: int = 0
     _outcome: StepOutcome | None = None
@@ -79,6 +81,13 @@ class Executor:
         outcome, self._outcome, self._batch = self._outcome, None, None
         assert outcome is not None
         return outcome
+
+    def move(self, batch: Batch) -> None:
+        """Carry out what moves between blocks ahead of the step, whose plan then has no such operation."""
+        self._batch = batch
+        for name in ("evict", "offload", "fetch", "copy"):
+            if getattr(batch.moves, name):
+                HOST[f"kv.{name}"](self)
 
     def _bind(self, plan: ExecutionPlan) -> list:
         found = self._bound.get(id(plan))
@@ -98,9 +107,27 @@ class Executor:
     def share(self, group: GroupRef) -> GroupRef:
         return evolve(group, shared=True)
 
+    def evict(self) -> None:
+        self._batch.moves.evict.clear()
+
+    def offload(self) -> None:
+        blocks, slots = _taken(self._batch.moves.offload)
+        values = self.cache.read(blocks)
+        if self._host is None:
+            self._host = values.new_empty((self.kv.host.slots, *values.shape[1:]))
+        self._host[torch.from_numpy(slots)] = values
+
+    def fetch(self) -> None:
+        slots, blocks = _taken(self._batch.moves.fetch)
+        self.cache.write(blocks, self._host[torch.from_numpy(slots)])
+
+    def copy(self) -> None:
+        self.cache.copy(*_taken(self._batch.moves.copy))
+
     def allocate(self, *groups: GroupRef) -> None:
+        pool = self.kv.pool
         for group in groups:
-            extend = self.pool.extend_shared if group.shared else self.pool.extend
+            extend = pool.extend_shared if group.shared else pool.extend
             taken = extend(self.columns, self._batch.rows(group.phase))
             if len(taken):
                 self.cache.clear(taken)
@@ -156,7 +183,18 @@ class Executor:
         self._outcome = StepOutcome(rows, chosen, self._forwarded, logits)
 
 
+def _taken(moves: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Both columns of the moves, which are none of the next step's then."""
+    first, second = np.array(moves, np.int64).T
+    moves.clear()
+    return first, second
+
+
 HOST: dict[str, Callable] = {
+    "kv.evict": Executor.evict,
+    "kv.offload": Executor.offload,
+    "kv.fetch": Executor.fetch,
+    "kv.copy": Executor.copy,
     "batch.group": Executor.group,
     "batch.share": Executor.share,
     "kv.allocate": Executor.allocate,

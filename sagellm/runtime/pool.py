@@ -1,4 +1,4 @@
-"""Which KV blocks are free, and who holds the others."""
+"""Which KV blocks are free, who holds the others, and which of those nobody holds are worth keeping."""
 
 from __future__ import annotations
 
@@ -11,39 +11,70 @@ NO_BLOCKS = np.zeros(0, np.int32)
 
 
 class BlockPool:
-    """Reference counts over `count` blocks; block 0 is padding and never handed out."""
+    """Reference counts over `count` blocks; block 0 is padding and never handed out.
+
+    A block that nobody holds is free, or idle: the prefix index knows what is in it, until it is dropped.
+    """
 
     def __init__(self, count: int):
         self.references = np.zeros(count, np.int32)
         self.references[0] = 1
+        self.indexed = np.zeros(count, bool)
+        self.idle = 0
         self._free = np.arange(count - 1, 0, -1, dtype=np.int32)
         self._top = count - 1
+
+    @property
+    def total(self) -> int:
+        return len(self.references) - 1
 
     @property
     def free(self) -> int:
         return self._top
 
     @property
+    def available(self) -> int:
+        """Blocks that can be had, if need be by dropping idle ones."""
+        return self._top + self.idle
+
+    @property
     def used(self) -> int:
-        return len(self.references) - 1 - self._top
+        """Blocks that sequences hold."""
+        return self.total - self.available
 
     def take(self, count: int) -> np.ndarray:
         """This many free blocks, each held once."""
         if count > self._top:
-            raise MemoryError(f"{count} KV blocks wanted, {self._top} of {len(self.references) - 1} are free")
+            raise MemoryError(f"{count} KV blocks wanted, {self._top} of {self.total} are free")
         self._top -= count
         blocks = self._free[self._top : self._top + count].copy()
         self.references[blocks] = 1
         return blocks
 
     def hold(self, blocks: np.ndarray) -> None:
-        np.add.at(self.references, blocks, 1)
+        """One more holder for each of these different blocks."""
+        self.idle -= int(np.count_nonzero(self.references[blocks] == 0))
+        self.references[blocks] += 1
 
-    def release(self, blocks: np.ndarray) -> None:
-        np.subtract.at(self.references, blocks, 1)
-        back = np.unique(blocks[self.references[blocks] == 0])
-        self._free[self._top : self._top + len(back)] = back
-        self._top += len(back)
+    def release(self, blocks: np.ndarray) -> np.ndarray:
+        """One holder less for each of these different blocks; returns those that became idle."""
+        self.references[blocks] -= 1
+        left = blocks[self.references[blocks] == 0]
+        known = self.indexed[left]
+        self._put_back(left[~known])
+        idle = left[known]
+        self.idle += len(idle)
+        return idle
+
+    def drop(self, blocks: np.ndarray) -> None:
+        """Idle blocks become free."""
+        self.indexed[blocks] = False
+        self.idle -= len(blocks)
+        self._put_back(blocks)
+
+    def _put_back(self, blocks: np.ndarray) -> None:
+        self._free[self._top : self._top + len(blocks)] = blocks
+        self._top += len(blocks)
 
     def extend(self, columns: Columns, rows: np.ndarray) -> np.ndarray:
         """Give each row the blocks that its new tokens need; returns those."""

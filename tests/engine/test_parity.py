@@ -164,7 +164,7 @@ def record_logits(core):
     def recording(batch):
         outcome = execute(batch)
         for row, logits in zip(outcome.rows.tolist(), outcome.logits):
-            kept.setdefault(core.scheduler.requests[row].id, []).append(logits.clone())
+            kept.setdefault(core.scheduler.sequences[row].request.id, []).append(logits.clone())
         return outcome
 
     core.execute = recording

@@ -161,7 +161,7 @@ def test_an_end_token_is_the_last_one_as_in_transformers(ending):
     assert [event.token for event in events] == tokens[:6]
     assert [event.token for event in events] == continue_greedily(folder, PROMPT, STEPS)[0]
     assert reasons(events) == [None] * 5 + ["stop"]
-    assert core.pool.used == 0
+    assert core.kv.pool.used == 0
 
 
 def test_ignore_eos_goes_on_to_max_tokens(ending):
@@ -225,7 +225,14 @@ def chi_square_tail(counts, expected):
 def test_drawn_tokens_are_distributed_as_in_transformers(folder, how, support):
     """The first tokens of 6,000 identical prompts with different seeds; all are forwarded as one."""
     draws, room = 6000, 2000
-    core = make_core(folder, max_sequences=room, max_length=32, max_batched_tokens=room * len(PROMPT))
+    core = make_core(
+        folder,
+        max_sequences=room,
+        max_queue=room,
+        max_length=32,
+        max_batched_tokens=room * len(PROMPT),
+        prefix_caching=False,
+    )
     counts = torch.zeros(300, dtype=torch.float64)
     for first in range(0, draws, room):
         for seed in range(first, first + room):

@@ -39,6 +39,10 @@ from sagellm.random import uniform
 
 STRUCTURE = {"nn.func", "nn.return", "batch.step", "weights.load"}
 EFFECTS = {
+    "kv.evict": ((), ("pool",)),
+    "kv.offload": (("kv",), ("host",)),
+    "kv.fetch": (("host",), ("kv",)),
+    "kv.copy": (("kv",), ("kv",)),
     "nn.call": (("kv",), ("kv",)),
     "nn.repeat": (("kv",), ("kv",)),
     "nn.kv_write": ((), ("kv",)),

@@ -154,6 +154,15 @@ class CpuCache(list):
         """Decoding reads whole blocks, and a stale NaN would survive its mask."""
         self._all[:, :, torch.from_numpy(blocks)] = 0
 
+    def read(self, blocks: np.ndarray) -> Tensor:
+        return self._all[:, :, torch.from_numpy(blocks)].permute(2, 0, 1, 3, 4, 5).contiguous()
+
+    def write(self, blocks: np.ndarray, values: Tensor) -> None:
+        self._all[:, :, torch.from_numpy(blocks)] = values.permute(1, 2, 0, 3, 4, 5)
+
+    def copy(self, blocks: np.ndarray, copies: np.ndarray) -> None:
+        self._all[:, :, torch.from_numpy(copies)] = self._all[:, :, torch.from_numpy(blocks)]
+
 
 class CpuRows:
     """The step's columns as tensors that share memory with the numpy arrays they come from."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from xdsl.ir import Dialect
-from xdsl.irdl import irdl_op_definition, result_def, var_operand_def
+from xdsl.irdl import irdl_op_definition, prop_def, result_def, var_operand_def
 
-from sagellm.ir.attrs import BlocksType, GroupType
+from sagellm.ir.attrs import BlocksType, GroupType, TableAttr
 from sagellm.ir.syntax import SageOp
 
 
@@ -26,4 +26,45 @@ class Allocate(SageOp):
     HINTS: ClassVar = ("blocks",)
 
 
-KV = Dialect("kv", [Allocate], [BlocksType])
+class _Move(SageOp):
+    """Blocks that change their place; which ones is in the table."""
+
+    table = prop_def(TableAttr)
+
+
+@irdl_op_definition
+class Evict(_Move):
+    """Blocks leave the prefix index, as room is needed."""
+
+    name = "kv.evict"
+    WRITES: ClassVar = ("pool",)
+
+
+@irdl_op_definition
+class Offload(_Move):
+    """Copy blocks that leave the device into host memory."""
+
+    name = "kv.offload"
+    READS: ClassVar = ("kv",)
+    WRITES: ClassVar = ("host",)
+
+
+@irdl_op_definition
+class Fetch(_Move):
+    """Copy blocks from host memory back to the device."""
+
+    name = "kv.fetch"
+    READS: ClassVar = ("host",)
+    WRITES: ClassVar = ("kv",)
+
+
+@irdl_op_definition
+class Copy(_Move):
+    """Copy blocks that a sequence writes into and others hold."""
+
+    name = "kv.copy"
+    READS: ClassVar = ("kv",)
+    WRITES: ClassVar = ("kv",)
+
+
+KV = Dialect("kv", [Evict, Offload, Fetch, Copy, Allocate], [BlocksType])

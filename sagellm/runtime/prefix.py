@@ -1,0 +1,181 @@
+"""What the KV blocks hold: a radix tree over token blocks, on the device and in host memory.
+
+A node is a block of tokens behind a path of others, and is named by the sha-256 of that path: the digest of a block
+covers its parent's digest and its tokens, and the root covers the model, the form of the cache and the tenant's
+salt. So equal digests mean equal keys and values, and one tenant cannot find, or time, what another one cached.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from hashlib import sha256
+
+import numpy as np
+from attrs import field, frozen
+
+
+@frozen
+class Lookup:
+    """How much of a prompt is there."""
+
+    blocks: list[int]
+    """Device block of each block that is there, or -1 where it is in host memory."""
+    slots: list[int]
+    """Its place in host memory, or -1."""
+    tokens: int
+    """Tokens found, in whole blocks."""
+    miss: str
+    """Why the first block that was not found is not there."""
+
+
+@frozen
+class Chain:
+    """Digests of a sequence's full blocks, from its beginning; grows with the sequence."""
+
+    root: bytes
+    plain_root: bytes
+    """The root without a salt, to tell `salt differs` from `never seen`."""
+    digests: list[bytes] = field(factory=list)
+    _plain: list[bytes] = field(factory=list)
+
+    @property
+    def salted(self) -> bool:
+        return self.root != self.plain_root
+
+    def extend(self, tokens: np.ndarray, blocks: int, block_size: int) -> None:
+        """Cover the first `blocks` blocks of the tokens, int32."""
+        _extend(self.root, self.digests, tokens, blocks, block_size)
+
+    def plain(self, tokens: np.ndarray, at: int, block_size: int) -> bytes:
+        """The digest that block number `at` would have without the salt."""
+        if not self.salted:
+            return self.digests[at]
+        _extend(self.plain_root, self._plain, tokens, at + 1, block_size)
+        return self._plain[at]
+
+
+def _extend(root: bytes, digests: list[bytes], tokens: np.ndarray, blocks: int, block_size: int) -> None:
+    parent = digests[-1] if digests else root
+    data = np.ascontiguousarray(tokens[len(digests) * block_size : blocks * block_size]).tobytes()
+    width = block_size * tokens.itemsize
+    for start in range(0, len(data), width):
+        parent = sha256(parent + data[start : start + width]).digest()
+        digests.append(parent)
+
+
+class HostTier:
+    """Which blocks have a copy in host memory; the least recently used one makes room for the next."""
+
+    def __init__(self, slots: int):
+        self.slots = slots
+        self._slot: OrderedDict[bytes, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._slot)
+
+    def find(self, digest: bytes) -> int | None:
+        slot = self._slot.get(digest)
+        if slot is not None:
+            self._slot.move_to_end(digest)
+        return slot
+
+    def put(self, digest: bytes, pinned: set[int]) -> int | None:
+        """A slot for this block, at the cost of the one used longest ago that is not pinned; None if all are."""
+        if len(self._slot) < self.slots:
+            slot = len(self._slot)
+        else:
+            oldest = next((d for d, slot in self._slot.items() if slot not in pinned), None)
+            if oldest is None:
+                return None
+            slot = self._slot.pop(oldest)
+        self._slot[digest] = slot
+        return slot
+
+
+class PrefixIndex:
+    """Which block holds which tokens behind which beginning. It decides nothing: see `KVManager`."""
+
+    def __init__(self, blocks: int, block_size: int, identity: str = ""):
+        self.block_size = block_size
+        self._identity = sha256(identity.encode()).digest()
+        self._block: dict[bytes, int] = {}
+        self.digest: list[bytes | None] = [None] * blocks
+        self.depth = np.zeros(blocks, np.int32)
+        self.last_use = np.zeros(blocks, np.int64)
+        self._plain: dict[bytes, bytes] = {}
+        """Of blocks under a salt: their digest -> the digest without it."""
+        self._salted: dict[bytes, int] = {}
+        """How many blocks under a salt have this digest without it."""
+        self._gone: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        """Why and when a block left; as many as there are blocks, four times."""
+        self._remembered = 4 * blocks
+
+    def __len__(self) -> int:
+        return len(self._block)
+
+    def chain(self, salt: str) -> Chain:
+        root = sha256(self._identity + salt.encode()).digest() if salt else self._identity
+        return Chain(root, self._identity)
+
+    def lookup(self, chain: Chain, tokens: np.ndarray, host: HostTier | None) -> Lookup:
+        """Walk down from the root as far as blocks are there. tokens int32 [L]."""
+        full = len(tokens) // self.block_size
+        chain.extend(tokens, full, self.block_size)
+        blocks, slots = [], []
+        for digest in chain.digests[:full]:
+            block = self._block.get(digest, -1)
+            slot = -1
+            if block < 0:
+                found = host.find(digest) if host is not None else None
+                if found is None:
+                    break
+                slot = found
+            blocks.append(block)
+            slots.append(slot)
+        return Lookup(
+            blocks, slots, len(blocks) * self.block_size, self._why(chain, tokens, len(blocks), full)
+        )
+
+    def _why(self, chain: Chain, tokens: np.ndarray, found: int, full: int) -> str:
+        if found == full:
+            return f"below one block: {len(tokens) - full * self.block_size} of {self.block_size} tokens"
+        digest = chain.digests[found]
+        if digest in self._gone:
+            why, when = self._gone[digest]
+            return f"{why}, {time.monotonic() - when:.1f} s ago"
+        plain = chain.plain(tokens, found, self.block_size)
+        if plain in self._salted or (plain != digest and plain in self._block):
+            return "salt differs"
+        return "never seen"
+
+    def insert(self, block: int, chain: Chain, at: int, tokens: np.ndarray) -> bool:
+        """Name what this block holds: the chain's block number `at`. False if another block holds that already."""
+        digest = chain.digests[at]
+        if digest in self._block:
+            return False
+        self._block[digest] = block
+        self.digest[block] = digest
+        self.depth[block] = at
+        self._gone.pop(digest, None)
+        if chain.salted:
+            plain = chain.plain(tokens, at, self.block_size)
+            self._plain[digest] = plain
+            self._salted[plain] = self._salted.get(plain, 0) + 1
+        return True
+
+    def forget(self, blocks: np.ndarray, why: str) -> None:
+        now = time.monotonic()
+        for block in blocks.tolist():
+            digest = self.digest[block]
+            assert digest is not None
+            self.digest[block] = None
+            del self._block[digest]
+            self._gone[digest] = (why, now)
+            plain = self._plain.pop(digest, None)
+            if plain is not None:
+                self._salted[plain] -= 1
+                if not self._salted[plain]:
+                    del self._salted[plain]
+        while len(self._gone) > self._remembered:
+            self._gone.popitem(last=False)
