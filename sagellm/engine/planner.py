@@ -91,14 +91,15 @@ class Planner:
             )
         return blocks + 1
 
-    def submit(self, request: Request, number: int | None = None) -> int:
+    def submit(self, request: Request, number: int | None = None, *, again: bool = False) -> int:
         """Queue a request; one that can never run is refused at once. Numbers go up; returns the request's."""
         for token in request.prompt:
             if not 0 <= token < self.model.vocab_size:
                 raise UserError(f"token id {token} in the prompt; accepted: 0 to {self.model.vocab_size - 1}")
         seed = request.sampling.seed
         number = next(self._numbers) if number is None else number
-        self.scheduler.submit(request, number, int(self._seeds.integers(2**63)) if seed is None else seed)
+        seed = int(self._seeds.integers(2**63)) if seed is None else seed
+        self.scheduler.submit(request, number, seed, again=again)
         return number
 
     def schedule(self) -> Batch:

@@ -98,8 +98,11 @@ class Scheduler:
 
     # requests come and go
 
-    def submit(self, request: Request, number: int, seed: int) -> None:
-        """Queue a request, or refuse one that can never run, or that finds the queue full."""
+    def submit(self, request: Request, number: int, seed: int, *, again: bool = False) -> None:
+        """Queue a request, or refuse one that can never run, or that finds the queue full.
+
+        `again`: it was accepted before its core was lost, so the queue's limit does not count.
+        """
         c = self.columns
         if request.id in self.numbers:
             raise UserError(f"request id {request.id!r} is in use; accepted: a new one")
@@ -131,10 +134,11 @@ class Scheduler:
             for sample in range(request.sampling.n)
             if sample not in request.ended
         ]
-        if self.waiting + len(sequences) > self.max_queue:
+        if self.waiting + len(sequences) > self.max_queue and not again:
             self.counts.refused += 1
             raise QueueFull(
-                f"{self.waiting} sequences wait and this request has {len(sequences)}; accepted: at most {self.max_queue} in all"
+                f"{self.waiting} sequences wait and this request has {len(sequences)}; "
+                f"accepted: at most {self.max_queue} in all"
             )
         self.numbers[request.id] = number
         self._alive[number] = list(sequences)
@@ -267,8 +271,8 @@ class Scheduler:
         """Cut the prefills to the token budget, counting what will be forwarded.
 
         The first in the order leaves at most half of the room to those that have fewer tokens left than it, the
-        shortest first: a long prompt makes way for short ones and is never starved by them. Sequences that take over tokens
-        count without them and stand behind their leader, so none stays without one.
+        shortest first: a long prompt makes way for short ones and is never starved by them. Sequences that take
+        over tokens count without them and stand behind their leader, so none stays without one.
         """
         c, rows = self.columns, batch.prefill
         room = max(1, self.budget - len(batch.decode))
