@@ -68,6 +68,8 @@ class EngineConfig:
     max_queue: int = 1024
     host_kv_gib: float = 0.0
     prefix_caching: bool = True
+    core: str = "inline"
+    max_restarts: int = 3
     record: Path | None = field(
         default=None, converter=lambda folder: None if folder is None else Path(folder)
     )

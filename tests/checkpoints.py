@@ -25,7 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from sagellm.batch import Request, SamplingParams
 from sagellm.config import EngineConfig
 from sagellm.engine.core import EngineCore
-from sagellm.engine.events import TokenEvent
+from sagellm.engine.events import Token
 
 torch.set_num_threads(1)  # two cores are shared by everything that runs here
 transformers.utils.logging.set_verbosity_error()
@@ -172,12 +172,10 @@ def make_core(folder: Path, pipeline: str | None = None, **settings) -> EngineCo
     return EngineCore(EngineConfig(model=str(folder), pipeline=pipeline, **{"max_sequences": 8, **settings}))
 
 
-def serve(
-    core: EngineCore, prompts: Sequence[list[int]], *sampling: SamplingParams
-) -> list[list[TokenEvent]]:
+def serve(core: EngineCore, prompts: Sequence[list[int]], *sampling: SamplingParams) -> list[list[Token]]:
     """The events of each prompt, all submitted at once; one `sampling` for all, or one for each."""
     hows = sampling * len(prompts) if len(sampling) == 1 else sampling
-    events: dict[str, list[TokenEvent]] = {f"prompt {i}": [] for i in range(len(prompts))}
+    events: dict[str, list[Token]] = {f"prompt {i}": [] for i in range(len(prompts))}
     for name, prompt, how in zip(events, prompts, hows, strict=True):
         core.submit(Request(name, prompt, how))
     while core.busy:
@@ -186,7 +184,7 @@ def serve(
     return list(events.values())
 
 
-def tokens_of(events: Sequence[list[TokenEvent]]) -> list[list[int]]:
+def tokens_of(events: Sequence[list[Token]]) -> list[list[int]]:
     return [[event.token for event in one] for one in events]
 
 

@@ -48,6 +48,7 @@ def run(
         stream(engine, inputs[0], sampling, quiet)
         return
     results = engine.generate(inputs, sampling)
+    check(results)
     for prompt, result in zip(wanted, results):
         click.echo(
             json.dumps(report(prompt, result), ensure_ascii=False) if as_json else f"{prompt}{result.text}"
@@ -77,12 +78,21 @@ def load(settings: dict, record: Path | None) -> SageLLMEngine:
 
 
 def stream(engine: SageLLMEngine, prompt, sampling: SamplingParams, quiet: bool) -> GenerateResult:
-    for event in engine.stream(prompt, sampling):
+    outputs = engine.stream(prompt, sampling)
+    for event in outputs:
         click.echo(event.text, nl=False)
     click.echo()
+    check([outputs.result])
     if not quiet:
-        summary(engine, [engine.last_result])
-    return engine.last_result
+        summary(engine, [outputs.result])
+    return outputs.result
+
+
+def check(results: list[GenerateResult]) -> None:
+    """A request that failed in the engine ends the command with its reason."""
+    for result in results:
+        if result.error:
+            raise click.ClickException(result.error)
 
 
 def converse(engine: SageLLMEngine, sampling: SamplingParams, chat: bool, quiet: bool) -> None:
@@ -107,29 +117,32 @@ def converse(engine: SageLLMEngine, sampling: SamplingParams, chat: bool, quiet:
 
 
 def report(prompt: str, result: GenerateResult) -> dict:
-    entry = asdict(result)
-    entry["prompt"] = prompt
-    for name in ("ttft", "tpot"):
+    entry = {"prompt": prompt} | asdict(result)
+    for name in ("queued", "ttft", "tpot"):
         entry[f"{name}_ms"] = round(entry.pop(name) * 1e3, 3)
-    if not result.logprobs:
-        del entry["logprobs"], entry["top_logprobs"]
+    for output in entry["outputs"]:
+        if not output["logprobs"]:
+            del output["logprobs"], output["top_logprobs"]
+    if entry["prompt_logprobs"] is None:
+        del entry["prompt_logprobs"]
+    if len(entry["outputs"]) == 1:
+        entry |= entry.pop("outputs")[0]
     return entry
 
 
 def summary(engine: SageLLMEngine, results: list[GenerateResult]) -> None:
     """Timings, and what the passes did, on stderr."""
-    counters = engine.core.counters
+    stats = engine.stats()
     ttft = max(r.ttft for r in results) * 1e3
     longer = [r.tpot for r in results if len(r.token_ids) > 1]
     tpot = f"{sum(longer) / len(longer) * 1e3:.2f} ms" if longer else "-"
-    made = sum(len(r.token_ids) for r in results)
+    made = sum(len(output.token_ids) for r in results for output in r.outputs)
     click.echo(f"\n{made} tokens; TTFT {ttft:.1f} ms, TPOT {tpot}", err=True)
     click.echo(
-        f"prompt tokens {counters.prompt}, of which {counters.shared} shared; forwarded {counters.forwarded} tokens "
-        f"in {counters.steps} steps; "
-        f"plan cache {engine.core.compiler.counts.hits} hits, {engine.core.compiler.counts.misses} misses",
+        f"prompt tokens {stats.prompt}, of which {stats.reused} cached, {stats.shared} shared; "
+        f"forwarded {stats.forwarded} tokens in {stats.steps} steps; "
+        f"plan cache {stats.plan_hits} hits, {stats.plan_misses} misses",
         err=True,
     )
-    for p in engine.core.pipeline.passes:
-        done, declined = counters.remarks[p.name, True], counters.remarks[p.name, False]
-        click.echo(f"  {p.name:<16} applied {done}, declined {declined}", err=True)
+    for name, remarks in stats.remarks.items():
+        click.echo(f"  {name:<16} applied {remarks['applied']}, declined {remarks['declined']}", err=True)

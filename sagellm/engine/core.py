@@ -15,7 +15,7 @@ import numpy as np
 from sagellm.batch import Batch
 from sagellm.compiler import expected_tensors
 from sagellm.config import EngineConfig
-from sagellm.engine.events import LENGTH, NOTHING, REASONS, STOP, Began, Failed, StepEvents, TokenEvent
+from sagellm.engine.events import LENGTH, NOTHING, REASONS, STOP, Began, Failed, StepEvents, Token
 from sagellm.engine.load import Progress, load_weights
 from sagellm.engine.planner import Planner
 from sagellm.engine.record import begin_recording
@@ -64,7 +64,7 @@ class EngineCore(Planner):
             return bool(self.scheduler.abort(request_id))
         return bool(self.scheduler.drop_sample(request_id, sample))
 
-    def step(self) -> list[TokenEvent]:
+    def step(self) -> list[Token]:
         """One step of the engine; its token events, none where there is nothing to do."""
         names = {number: name for name, number in self.scheduler.numbers.items()}
         return list(self.advance().events(names))
@@ -127,7 +127,7 @@ class EngineCore(Planner):
         """Stages lower, execute and commit."""
         finish = None
         if self.config.record:
-            self.executor.move(batch)
+            self.executor.move()
             finish = begin_recording(self, batch)
         step = self.compiler.step(batch)
         c, prefill = self.columns, batch.prefill
@@ -225,8 +225,5 @@ def _merged(parts: list[StepEvents], began: list[Began], failed: list[Failed]) -
         logprobs |= {at + i: value for i, value in part.logprobs.items()}
         prompts |= part.prompt_logprobs
         at += len(part)
-    columns = (
-        np.concatenate([getattr(part, name) for part in parts])
-        for name in ("numbers", "samples", "indices", "tokens", "reasons")
-    )
+    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in StepEvents.COLUMNS)
     return StepEvents(*columns, logprobs, prompts, began, failed)

@@ -21,13 +21,18 @@ class Detokenizer:
     """The text of one sequence.
 
     `push` gives the text that a token completes, `finish` what is left at the end. Once a stop string is met,
-    `stopped` names it and nothing more is shown.
+    `stopped` names it and nothing more is shown. What the first `min_tokens` tokens complete is not looked at.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         self.stopped: str | None = None
+        self._exempt = min_tokens + 1
         self._stop = stop
         self._longest = max(map(len, stop), default=0)
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
@@ -44,10 +49,15 @@ class Detokenizer:
         return "".join(self._shown)
 
     def push(self, token_id: int) -> str:
+        self._exempt -= 1
         if self.stopped is not None or token_id in self._hidden:
             return ""
         text = self._stream.push(token_id)
-        if self._stream.tentative and (self._held + self._stream.tentative).endswith(self._stop):
+        if (
+            self._exempt <= 0
+            and self._stream.tentative
+            and (self._held + self._stream.tentative).endswith(self._stop)
+        ):
             text = self._stream.finish()
         return self._show(text)
 
@@ -57,7 +67,7 @@ class Detokenizer:
         return self._show(self._stream.finish(), last=True)
 
     def _show(self, text: str, last: bool = False) -> str:
-        if not self._stop:
+        if not self._stop or self._exempt > 0:
             self._shown.append(text)
             return text
         text = self._held + text

@@ -1,196 +1,324 @@
-"""`SageLLMEngine`: text in, text out. The front over a core: tokenizer, chat template, stop strings, timings."""
+"""`SageLLMEngine`: text in, text out. The one object that a script, a server or a control plane holds."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from itertools import count
+from pathlib import Path
+from typing import Any, overload
 
-from attrs import define, evolve, field, frozen
+import numpy as np
+from attrs import evolve
 
 from sagellm.batch import Request, SamplingParams
 from sagellm.config import EngineConfig, KVCacheSchema
-from sagellm.engine.core import EngineCore, Progress
-from sagellm.engine.detokenizer import Detokenizer
-from sagellm.engine.events import TokenEvent
+from sagellm.engine.base import (
+    BaseInferenceEngine,
+    EngineState,
+    GenerateRequest,
+    GenerateResult,
+    Health,
+    KVHandle,
+    Prompt,
+    TokenEvent,
+)
+from sagellm.engine.front import Front, Journal
+from sagellm.engine.link import LINKS, InlineLink
+from sagellm.engine.load import Progress
+from sagellm.engine.stats import EngineStats
 from sagellm.engine.tokenizer import Tokenizer
 from sagellm.errors import UserError
 from sagellm.target import CapabilityDescriptor
 
-Prompt = str | Sequence[int]
+CALL_SECONDS = 120.0
+"""A core that does not answer within this is taken for stuck."""
 
 
-@frozen
-class TextEvent:
-    """A piece of a request's output."""
+class Stream:
+    """One request's output as it comes, for `for` and for `async for`. Closing it, or letting go, ends the request."""
 
-    request_id: str
-    text: str
-    """Text that is complete now; may be empty."""
-    token: int
-    finish_reason: str | None
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    def __init__(self, engine: SageLLMEngine, journal: Journal):
+        self._engine, self._journal = engine, journal
+        self._over = False
+
+    @property
+    def request_id(self) -> str:
+        return self._journal.request.id
+
+    @property
+    def result(self) -> GenerateResult:
+        """What there is so far; all of it once the stream has ended."""
+        return self._journal.result
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        return self
+
+    def __next__(self) -> TokenEvent:
+        event = None if self._over else self._journal.events.get()
+        if event is None:
+            self._finish()
+            raise StopIteration
+        return event
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        journal = self._journal
+        if journal.wake is None:
+            journal.wake = asyncio.get_running_loop(), asyncio.Event()
+        while not self._over and journal.events.empty():
+            await journal.wake[1].wait()
+            journal.wake[1].clear()
+        event = None if self._over else journal.events.get()
+        if event is None:
+            self._finish()
+            raise StopAsyncIteration
+        return event
+
+    def wait(self) -> GenerateResult:
+        """Block until the request has ended; its result."""
+        self._journal.done.wait()
+        self._finish()
+        return self.result
+
+    def _finish(self) -> None:
+        self._over = True
+        if self._journal.refused is not None:
+            raise self._journal.refused
+
+    def close(self) -> None:
+        self._over = True
+        self._engine.front.abort(self._journal)
+
+    async def aclose(self) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self._journal.done.is_set():
+            self.close()
 
 
-@define
-class GenerateResult:
-    """A finished request."""
-
-    request_id: str
-    prompt_tokens: int
-    text: str = ""
-    token_ids: list[int] = field(factory=list)
-    finish_reason: str | None = None
-    """`stop`: an end token or stop string; `length`: max_tokens or the context's end."""
-    logprobs: list[float] = field(factory=list)
-    top_logprobs: list[tuple[tuple[int, float], ...]] = field(factory=list)
-    ttft: float = 0.0
-    """Seconds from submission to the first token."""
-    tpot: float = 0.0
-    """Mean seconds per token after the first."""
-
-
-@define
-class _Stream:
-    detokenizer: Detokenizer
-    result: GenerateResult
-    began: float
-    first: float = 0.0
-    unread: list[TextEvent] = field(factory=list)
-
-
-class SageLLMEngine:
+class SageLLMEngine(BaseInferenceEngine):
     """One model on one device.
 
-    `SageLLMEngine("builtin").generate(["Once upon a time"])` needs nothing else.
+    `SageLLMEngine("builtin").generate(["Once upon a time"])` needs nothing else. A list of prompts is continued in
+    one batch and the call returns when all have ended; one `GenerateRequest` gives something to await. Both kinds
+    of call, from any thread and event loop, may be under way at once and share the engine's steps.
     """
 
     def __init__(
-        self, model: str = "builtin", device: str = "cpu", progress: Progress | None = None, **settings
+        self,
+        model: str | None = None,
+        device: str | None = None,
+        kv_schema: str | dict | KVCacheSchema | None = None,
+        config: EngineConfig | str | Path | dict | None = None,
+        progress: Progress | None = None,
+        *,
+        engine_id: str = "sagellm",
+        **settings: Any,
     ):
-        """`settings` are the other fields of `EngineConfig`."""
+        """`settings` are the other fields of `EngineConfig`; what is given here goes before `config`."""
+        given = {"model": model, "target": device} | settings
         known = {a.name for a in EngineConfig.__attrs_attrs__}
         if unknown_names := set(settings) - known:
             raise UserError(
                 f"unknown setting {sorted(unknown_names)[0]!r}; accepted: {', '.join(sorted(known))}"
             )
-        self.core = EngineCore(EngineConfig(model=model, target=device, **settings), progress)
-        self.tokenizer = Tokenizer.load(self.core.folder)
-        self._streams: dict[str, _Stream] = {}
-        self._ids = count()
+        self.config = EngineConfig(**{k: v for k, v in given.items() if v is not None})
+        self.engine_id = engine_id
+        self._state = EngineState.STARTING
+        self._ids, self._seeds = count(), np.random.default_rng(self.config.seed)
+        self._open(progress)
+
+    def _open(self, progress: Progress | None) -> None:
+        make = LINKS[self.config.core]
+        self.front = Front(lambda: make(self.config, progress), self.config.max_restarts)
+        self.tokenizer = self.front.tokenizer = Tokenizer.load(self.front.link.info.folder)
+        self._finalizer = weakref.finalize(self, Front.close, self.front)
+        self._state = EngineState.READY
+
+    # what it is
 
     @property
     def model_id(self) -> str:
-        return self.core.model.name
+        return self.front.link.info.model_id
+
+    @property
+    def state(self) -> EngineState:
+        return EngineState.ERROR if self.front.error else self._state
+
+    @property
+    def core(self) -> Any:
+        """The `EngineCore`, where it is in this process; to look at while nothing runs."""
+        assert isinstance(self.front.link, InlineLink), "the core is in a process of its own"
+        return self.front.link.core
+
+    async def health(self) -> Health:
+        return Health(self.state, self.front.error)
 
     def get_capability(self) -> CapabilityDescriptor:
-        return self.core.backend.capability
+        return self.front.link.info.capability
 
     def get_kv_schema(self) -> KVCacheSchema:
-        return self.core.kv_schema
+        return self.front.link.info.kv_schema
 
+    def stats(self) -> EngineStats:
+        return evolve(self._call("stats"), restarts=self.front.restarts)
+
+    def load_quant_profile(self, profile: Any) -> None:
+        if profile.method != "none":
+            backend = self.get_capability().backend
+            raise UserError(f"quantization method {profile.method!r} on {backend}; accepted: none")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return self.front.call(method, *arguments).result(CALL_SECONDS)
+
+    # many prompts, blocking
+
+    @overload
+    def generate(self, work: GenerateRequest) -> Awaitable[GenerateResult]: ...
+
+    @overload
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None
-    ) -> list[GenerateResult]:
-        """Continue all prompts in one batch; results in the prompts' order."""
-        some = [prompts] if isinstance(prompts, str) else list(prompts)
+        self, work: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None
+    ) -> list[GenerateResult]: ...
+
+    def generate(self, work, sampling=None):
+        """A list of prompts: continue all in one batch; results in their order. A request: its result, to await."""
+        if isinstance(work, GenerateRequest):
+            return self._result(self.stream(work))
+        some = [work] if isinstance(work, str) else list(work)
         if some and all(isinstance(p, int) for p in some):
             some = [some]
-        ids = self._submit(some, sampling)
-        results = [self._streams[i].result for i in ids]
-        for _ in self._events(ids):
-            pass
-        return results
-
-    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[TextEvent]:
-        """One prompt's output as it comes. The stream's result is `last_result` afterwards."""
-        (request_id,) = self._submit([prompt], sampling)
-        result = self._streams[request_id].result
+        streams: list[Stream] = []
         try:
-            yield from self._events([request_id])
-        finally:
-            self.last_result = result
+            for index, prompt in enumerate(some):
+                how = sampling or SamplingParams()
+                if index and how.seed is not None:
+                    how = evolve(how, seed=(how.seed + index) % 2**63)
+                streams.append(self.stream(prompt, how))
+            self._call("stats")
+            for stream in streams:
+                if stream._journal.refused:
+                    raise stream._journal.refused
+        except UserError as error:
+            refused = next((i for i, s in enumerate(streams) if s._journal.refused), len(streams))
+            for stream in streams:
+                stream.close()
+            which = f"prompt {refused + 1} of {len(some)}: " if len(some) > 1 else ""
+            raise type(error)(f"{which}{error}") from error
+        return [stream.wait() for stream in streams]
 
-    def chat(self, messages: list[dict], sampling: SamplingParams | None = None) -> GenerateResult:
-        """One answer to a conversation, with the model's chat template."""
-        return self.generate([self.chat_prompt(messages)], sampling)[0]
+    # one request
 
-    def chat_prompt(self, messages: list[dict]) -> list[int]:
-        text = self.tokenizer.apply_chat_template(messages)
+    def stream(self, work: Prompt | GenerateRequest, sampling: SamplingParams | None = None) -> Stream:
+        """A request's output as it comes, for `for` or `async for`; a refusal is raised by the first step of it."""
+        if self._state is not EngineState.READY:
+            raise UserError(f"the engine is {self._state.value}; accepted: requests while it is ready")
+        if not isinstance(work, GenerateRequest):
+            work = GenerateRequest(prompt=work, sampling=sampling or SamplingParams())
+        how = work.sampling
+        if how.seed is None:
+            how = evolve(how, seed=int(self._seeds.integers(2**63)))
+        request = Request(
+            f"request-{next(self._ids)}" if work.id is None else work.id,
+            self.encode(work.prompt),
+            how,
+            work.priority,
+            work.deadline,
+            work.salt,
+        )
+        return Stream(self, self.front.open(request))
+
+    async def _result(self, stream: Stream) -> GenerateResult:
+        async for _ in stream:
+            pass
+        return stream.result
+
+    async def chat(self, messages: Sequence[dict], sampling: SamplingParams | None = None) -> GenerateResult:
+        return await self._result(self.stream(self.chat_prompt(messages), sampling))
+
+    def chat_prompt(self, messages: Sequence[dict]) -> list[int]:
+        """Token ids of a conversation in the model's chat template."""
+        text = self.tokenizer.apply_chat_template(list(messages))
         return self.tokenizer.encode(text, add_special_tokens=False)
-
-    last_result: GenerateResult | None = None
 
     def encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def _submit(self, prompts: Sequence[Prompt], sampling: SamplingParams | None) -> list[str]:
-        """Queue all prompts, or none if one is refused."""
-        sampling = sampling or SamplingParams()
-        ids: list[str] = []
-        try:
-            for index, prompt in enumerate(prompts):
-                request_id = f"request-{next(self._ids)}"
-                how = sampling
-                if index and sampling.seed is not None:
-                    how = evolve(sampling, seed=(sampling.seed + index) % 2**63)
-                request = Request(request_id, self.encode(prompt), how)
-                self.core.submit(request)
-                ids.append(request_id)
-                self._streams[request_id] = _Stream(
-                    Detokenizer(self.tokenizer, sampling.stop),
-                    GenerateResult(request_id, len(request.prompt)),
-                    time.perf_counter(),
-                )
-        except UserError as error:
-            for request_id in ids:
-                self.core.abort(request_id)
-                del self._streams[request_id]
-            which = f"prompt {len(ids) + 1} of {len(prompts)}: " if len(prompts) > 1 else ""
-            raise UserError(f"{which}{error}") from error
-        return ids
+    async def embed(self, texts: Sequence[str]) -> np.ndarray:
+        raise UserError(
+            f"embeddings of {self.model_id!r}; accepted: models that generate are served for generation"
+        )
 
-    def _events(self, ids: Sequence[str]) -> Iterator[TextEvent]:
-        """These requests' events until all are finished. Steps serve all requests: others' events wait, unread."""
-        streams = {i: self._streams[i] for i in ids}
-        try:
-            while streams:
-                if not any(stream.unread for stream in streams.values()):
-                    for token in self.core.step():
-                        self._streams[token.request_id].unread.append(self._text(token))
-                for request_id, stream in list(streams.items()):
-                    events, stream.unread = stream.unread, []
-                    if events and events[-1].finish_reason:
-                        del streams[request_id]
-                    yield from events
-        finally:
-            for request_id in ids:
-                self.core.abort(request_id)
-                del self._streams[request_id]
+    async def abort(self, request_id: str) -> bool:
+        journal = self.front.find(request_id)
+        return journal is not None and self.front.abort(journal)
 
-    def _text(self, event: TokenEvent) -> TextEvent:
-        stream = self._streams[event.request_id]
-        result = stream.result
-        at = time.perf_counter()
-        if event.index == 0:
-            stream.first = at
-            result.ttft = at - stream.began
-        else:
-            result.tpot = (at - stream.first) / event.index
-        result.token_ids.append(event.token)
-        if event.logprob is not None:
-            result.logprobs.append(event.logprob)
-            result.top_logprobs.append(event.top)
-        reason = event.finish_reason
-        text = stream.detokenizer.push(event.token)
-        if stream.detokenizer.stopped is not None and reason is None:
-            self.core.abort(event.request_id)
-            reason = "stop"
-        if reason is not None:
-            text += stream.detokenizer.finish()
-            if stream.detokenizer.stopped is not None:
-                reason = "stop"
-        result.text += text
-        result.finish_reason = reason
-        return TextEvent(event.request_id, text, event.token, reason, event.logprob, event.top)
+    # a prompt's keys and values, elsewhere
+
+    async def prefill(self, request: GenerateRequest) -> KVHandle:
+        tokens = self.encode(request.prompt)
+        once = evolve(
+            request, prompt=tokens, sampling=evolve(request.sampling, max_tokens=1, min_tokens=0, n=1)
+        )
+        await self._result(self.stream(once))
+        blocks, values = await asyncio.wrap_future(self.front.call("export", tokens, request.salt))
+        schema = self.get_kv_schema()
+        return KVHandle(
+            model_id=self.model_id,
+            schema=schema,
+            tokens=tokens[: blocks * schema.block_size],
+            values=np.frombuffer(values, np.uint8),
+        )
+
+    async def decode(self, request: GenerateRequest, handle: KVHandle) -> AsyncIterator[TokenEvent]:
+        mine = (self.model_id, self.get_kv_schema())
+        if (handle.model_id, handle.schema) != mine:
+            raise UserError(
+                f"keys and values of {handle.model_id!r}, {handle.schema}; accepted: those of {mine[0]!r}, {mine[1]}"
+            )
+        await asyncio.wrap_future(
+            self.front.call("insert", handle.tokens, request.salt, handle.values.tobytes())
+        )
+        async for event in self.stream(request):
+            yield event
+
+    # its life
+
+    async def start(self) -> None:
+        if self._state is EngineState.STOPPED:
+            self._state = EngineState.STARTING
+            await asyncio.to_thread(self._open, None)
+
+    def drain(self, timeout: float = 30) -> bool:
+        """Take nothing new and wait until all requests have ended, at most so many seconds; whether they have."""
+        if self._state is EngineState.READY:
+            self._state = EngineState.DRAINING
+        end = time.monotonic() + timeout
+        while self.front.live and time.monotonic() < end:
+            time.sleep(0.01)
+        return not self.front.live
+
+    async def stop(self, drain_s: float = 30) -> None:
+        await asyncio.to_thread(self.drain, drain_s)
+        await asyncio.to_thread(self.shutdown)
+
+    def shutdown(self) -> None:
+        """End now; requests that run end with `abort`."""
+        self._state = EngineState.STOPPED
+        self._finalizer()
+
+    def reset_prefix_cache(self) -> int:
+        """Forget what no request holds, as after new weights; returns how many blocks that were."""
+        return self._call("reset_cache")
+
+    def __enter__(self) -> SageLLMEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()

@@ -16,7 +16,7 @@ Top = tuple[tuple[int, float], ...]
 
 
 @frozen
-class TokenEvent:
+class Token:
     """One token of one sample of a request."""
 
     request_id: str
@@ -74,19 +74,19 @@ class StepEvents:
     began: list[Began] = field(factory=list)
     failed: list[Failed] = field(factory=list)
 
+    COLUMNS = ("numbers", "samples", "indices", "tokens", "reasons")
+
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def events(self, names: Mapping[int, str]) -> Iterator[TokenEvent]:
+    def events(self, names: Mapping[int, str]) -> Iterator[Token]:
         """One by one; `names` are the requests' ids by number."""
-        columns = (self.numbers, self.samples, self.indices, self.tokens, self.reasons)
+        columns = (getattr(self, name) for name in self.COLUMNS)
         for i, (number, sample, index, token, reason) in enumerate(zip(*(c.tolist() for c in columns))):
             logprob, top = self.logprobs.get(i, (None, ()))
-            yield TokenEvent(names[number], index, token, REASONS[reason], logprob, top, sample)
+            yield Token(names[number], index, token, REASONS[reason], logprob, top, sample)
         for failed in self.failed:
-            yield TokenEvent(
-                names[failed.number], -1, -1, "error", sample=failed.sample, error=failed.message
-            )
+            yield Token(names[failed.number], -1, -1, "error", sample=failed.sample, error=failed.message)
 
 
 NOTHING = StepEvents(*(np.zeros(0, t) for t in (np.int64, np.int64, np.int32, np.int64, np.int8)))

@@ -82,11 +82,10 @@ class Executor:
         assert outcome is not None
         return outcome
 
-    def move(self, batch: Batch) -> None:
+    def move(self) -> None:
         """Carry out what moves between blocks ahead of the step, whose plan then has no such operation."""
-        self._batch = batch
         for name in ("evict", "offload", "fetch", "copy"):
-            if getattr(batch.moves, name):
+            if getattr(self.kv.moves, name):
                 HOST[f"kv.{name}"](self)
 
     def _bind(self, plan: ExecutionPlan) -> list:
@@ -108,21 +107,21 @@ class Executor:
         return evolve(group, shared=True)
 
     def evict(self) -> None:
-        self._batch.moves.evict.clear()
+        self.kv.moves.evict.clear()
 
     def offload(self) -> None:
-        blocks, slots = _taken(self._batch.moves.offload)
+        blocks, slots = _taken(self.kv.moves.offload)
         values = self.cache.read(blocks)
         if self._host is None:
             self._host = values.new_empty((self.kv.host.slots, *values.shape[1:]))
         self._host[torch.from_numpy(slots)] = values
 
     def fetch(self) -> None:
-        slots, blocks = _taken(self._batch.moves.fetch)
+        slots, blocks = _taken(self.kv.moves.fetch)
         self.cache.write(blocks, self._host[torch.from_numpy(slots)])
 
     def copy(self) -> None:
-        self.cache.copy(*_taken(self._batch.moves.copy))
+        self.cache.copy(*_taken(self.kv.moves.copy))
 
     def allocate(self, *groups: GroupRef) -> None:
         pool = self.kv.pool

@@ -6,6 +6,7 @@ Decisions are made when a step is planned, and noted in `Moves`; the step's plan
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 from attrs import define
@@ -229,6 +230,24 @@ class KVManager:
             if pool.indexed[block] and pool.references[block] == 0 and last_use[block] == used:
                 victims.append(block)
         return np.array(victims, np.int32)
+
+    def adopt(self, tokens: np.ndarray, salt: str, fill: Callable[[np.ndarray, np.ndarray], None]) -> int:
+        """Keep blocks that were computed elsewhere, as many as there is room for; returns how many are new.
+
+        `fill(at, blocks)` writes the tokens' blocks number `at` into these blocks, after carrying out `moves`.
+        """
+        chain = self.chain(salt)
+        found = len(self.lookup(chain, tokens, length=len(tokens)).blocks)
+        count = min(len(tokens) // self.columns.block_size - found, self.pool.available)
+        if not self.caching or count <= 0:
+            return 0
+        self._make_room(count)
+        blocks = self.pool.take(count)
+        fill(np.arange(found, found + count), blocks)
+        for at, block in enumerate(blocks.tolist(), found):
+            self._name(block, chain, at, tokens)
+        self.index.last_use[self.pool.release(blocks)] = self.clock
+        return count
 
     def reset(self) -> int:
         """Forget all idle blocks, as after a change of weights; returns how many there were."""

@@ -1,5 +1,6 @@
 """Whatever shares a step with it, a request gets the same tokens; nothing is computed twice, nothing is left behind."""
 
+import asyncio
 import cProfile
 import os
 import pstats
@@ -410,6 +411,12 @@ def test_a_whole_step_without_the_model_costs_as_many_calls_for_1024_as_for_256(
 # text
 
 
+def assert_idle(engine):
+    stats = engine.stats()  # behind all that was sent before
+    assert (stats.running, stats.waiting, stats.kv_blocks_used, engine.front.live) == (0, 0, 0, 0)
+    assert_all_free(engine.core)
+
+
 @pytest.fixture(scope="module")
 def engine(text_checkpoint):
     return SageLLMEngine(str(text_checkpoint), max_sequences=4)
@@ -434,7 +441,7 @@ def test_texts_give_the_decoded_tokens_in_the_order_of_the_prompts(engine):
         assert result.finish_reason == "length"
         assert result.ttft > 0 and result.tpot > 0
         assert engine.generate(text, SamplingParams(max_tokens=20, ignore_eos=True))[0].text == result.text
-    assert_all_free(engine.core)
+    assert_idle(engine)
 
 
 def test_token_ids_are_as_good_as_text(engine):
@@ -450,12 +457,13 @@ def test_token_ids_are_as_good_as_text(engine):
 def test_streamed_pieces_make_the_generated_text(engine, text):
     how = SamplingParams(max_tokens=25, ignore_eos=True)
     (whole,) = engine.generate(text, how)
-    events = list(engine.stream(text, how))
+    stream = engine.stream(text, how)
+    events = list(stream)
     assert "".join(event.text for event in events) == whole.text
-    assert [event.token for event in events] == whole.token_ids
+    assert [event.ids for event in events] == [(token,) for token in whole.token_ids]
     assert [event.finish_reason for event in events] == [None] * 24 + ["length"]
-    assert engine.last_result.text == whole.text
-    assert_all_free(engine.core)
+    assert stream.result.text == whole.text
+    assert_idle(engine)
 
 
 def test_streamed_pieces_never_hold_half_a_character(reciter):
@@ -489,7 +497,7 @@ def test_a_stop_string_cuts_the_text_before_it(reciter, stop, text):
     assert (result.text, result.finish_reason) == (text, "stop")
     pieces = [event.text for event in reciter.stream("<|assistant|>", how)]
     assert "".join(pieces) == text
-    assert_all_free(reciter.core)
+    assert_idle(reciter)
 
 
 def test_a_stop_string_ends_one_request_of_several(reciter):
@@ -510,9 +518,9 @@ def test_chat_uses_the_template(reciter, engine):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The fox?"}]
     prompt = "<|system|>Be brief.<|end|><|user|>The fox?<|end|><|assistant|>"
     assert reciter.chat_prompt(messages) == reciter.tokenizer.encode(prompt)
-    assert reciter.chat(messages).text == RECITED
+    assert asyncio.run(reciter.chat(messages)).text == RECITED
     how = SamplingParams(max_tokens=8)
-    assert engine.chat(messages, how).token_ids == engine.generate(prompt, how)[0].token_ids
+    assert asyncio.run(engine.chat(messages, how)).token_ids == engine.generate(prompt, how)[0].token_ids
 
 
 def test_two_streams_at_once_give_each_its_own_text(engine):
@@ -533,15 +541,16 @@ def test_a_stream_goes_on_after_others_were_served_in_between(engine):
     text = next(stream).text
     assert [result.text for result in engine.generate(TEXTS[1:], how)] == expected[1:]
     assert text + "".join(event.text for event in stream) == expected[0]
-    assert_all_free(engine.core)
+    assert_idle(engine)
 
 
 def test_a_stream_that_is_closed_frees_what_it_has(engine):
     stream = engine.stream(TEXTS[0], SamplingParams(max_tokens=50, ignore_eos=True))
     events = [next(stream) for _ in range(3)]
     stream.close()
-    assert engine.last_result.token_ids == [event.token for event in events]
-    assert_all_free(engine.core)
+    assert stream.result.token_ids[:3] == [event.ids[0] for event in events]
+    assert stream.result.finish_reason == "abort"
+    assert_idle(engine)
 
 
 def test_samples_of_one_prompt_differ_with_and_without_a_seed(engine):
@@ -567,14 +576,13 @@ def test_one_bad_prompt_refuses_all_and_none_is_queued(engine, prompts, message)
     with pytest.raises(UserError) as error:
         engine.generate(prompts)
     assert str(error.value) == message
-    assert_all_free(engine.core)
-    assert engine._streams == {}
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"block_sizes": 16}, r"unknown setting 'block_sizes'; accepted: block_size, dtype, .*"),
+        ({"block_sizes": 16}, r"unknown setting 'block_sizes'; accepted: block_size, .*"),
         ({"block_size": 0}, "block_size is 0; accepted: a whole number of at least 1"),
         ({"dtype": "int3"}, "unknown dtype 'int3'; accepted: auto, .*"),
         ({"max_length": 1000}, "max_length is 1000; accepted: at most 256, the model's context"),

@@ -1,0 +1,56 @@
+"""Messages as bytes: msgpack, with arrays and our value classes as named maps. What is not named here cannot come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import msgpack
+import numpy as np
+
+from sagellm.batch import Request, SamplingParams
+from sagellm.config import EngineConfig, KVCacheSchema
+from sagellm.engine.events import Began, Failed, StepEvents
+from sagellm.engine.stats import EngineStats
+from sagellm.target import CapabilityDescriptor, Figure
+
+CLASSES = {
+    kind.__name__: kind
+    for kind in (
+        Began, CapabilityDescriptor, EngineConfig, EngineStats, Failed, Figure, KVCacheSchema, Request,
+        SamplingParams, StepEvents,
+    )
+}  # fmt: skip
+LIMIT = 2**31 - 1
+"""Bytes of one message."""
+
+
+def pack(message: tuple[Any, ...]) -> bytes:
+    return msgpack.packb(message, default=_encode, strict_types=True)
+
+
+def unpacker() -> msgpack.Unpacker:
+    """Feed it bytes as they come; iterate over whole messages."""
+    return msgpack.Unpacker(object_hook=_decode, strict_map_key=False, max_buffer_size=LIMIT, raw=False)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return {"!": "array", "dtype": value.dtype.str, "shape": list(value.shape), "data": value.tobytes()}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (tuple, frozenset)):
+        return list(value)
+    if type(value).__name__ in CLASSES:
+        fields = {a.alias: getattr(value, a.name) for a in attrs.fields(type(value)) if a.init}
+        return {"!": type(value).__name__} | fields
+    return str(value)
+
+
+def _decode(value: dict) -> Any:
+    kind = value.pop("!", None)
+    if kind is None:
+        return value
+    if kind == "array":
+        return np.frombuffer(value["data"], value["dtype"]).reshape(value["shape"])
+    return CLASSES[kind](**value)
