@@ -61,8 +61,11 @@ class EngineCore(Planner):
     def abort(self, request_id: str, sample: int | None = None) -> bool:
         """End a request, or one sample of it, wherever it is; False if there is none of this id."""
         if sample is None:
-            return bool(self.scheduler.abort(request_id))
-        return bool(self.scheduler.drop_sample(request_id, sample))
+            ended = self.scheduler.abort(request_id)
+        else:
+            ended = self.scheduler.drop_sample(request_id, sample)
+        self.counters.finished["abort"] += len(ended)
+        return bool(ended)
 
     def step(self) -> list[Token]:
         """One step of the engine; its token events, none where there is nothing to do."""

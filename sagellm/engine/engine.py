@@ -167,7 +167,7 @@ class SageLLMEngine(BaseInferenceEngine):
         return self.front.link.info.kv_schema
 
     def stats(self) -> EngineStats:
-        return evolve(self._call("stats"), restarts=self.front.restarts)
+        return evolve(self._call("stats"), restarts=self.front.restarts, finished=dict(self.front.finished))
 
     def load_quant_profile(self, profile: Any) -> None:
         if profile.method != "none":

@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from itertools import count
@@ -75,6 +76,8 @@ class Front:
         self.tokenizer: Tokenizer | None = None
         """None shows no text."""
         self.max_restarts, self.restarts = max_restarts, 0
+        self.finished: Counter = Counter()
+        """Finish reason, as readers see it -> samples."""
         self.error = ""
         """Why no core can be had any more."""
         self._journals: dict[int, Journal] = {}
@@ -256,7 +259,7 @@ class Front:
         logprobs = () if logprob is None else ((output.logprobs[-1], output.top_logprobs[-1]),)
         journal.events.put(TokenEvent(result.request_id, index, (token,), text, logprobs, reason, sample))
         if reason is not None:
-            self._ended(journal)
+            self._ended(journal, reason)
 
     def _end(self, journal: Journal, sample: int, reason: str, error: str = "") -> None:
         """A sample ends without a token."""
@@ -268,9 +271,10 @@ class Front:
         journal.result.error = journal.result.error or error
         event = TokenEvent(journal.request.id, len(output.token_ids), (), text, (), reason, sample)
         journal.events.put(event)
-        self._ended(journal)
+        self._ended(journal, reason)
 
-    def _ended(self, journal: Journal) -> None:
+    def _ended(self, journal: Journal, reason: str) -> None:
+        self.finished[reason] += 1
         journal.running -= 1
         if journal.running == 0:
             del self._journals[journal.number]

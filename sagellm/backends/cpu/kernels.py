@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from sagellm.backends.cpu.memory import huge_pages
+from sagellm.backends.cpu.memory import bound_primitive_caches, huge_pages
 from sagellm.config import KVCacheSchema
+
+bound_primitive_caches()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
