@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
+from pathlib import Path
+from typing import Any
 
 from attrs import define, evolve, field, frozen
 
 from sagellm.batch import Request, SamplingParams
-from sagellm.config import EngineConfig, KVCacheSchema
+from sagellm.config import AskedKV, EngineConfig
 from sagellm.engine.core import EngineCore, Progress, TokenEvent
 from sagellm.engine.detokenizer import Detokenizer
+from sagellm.engine.planner import Planner
 from sagellm.engine.tokenizer import Tokenizer
 from sagellm.errors import UserError
+from sagellm.schemas import KVCacheSchema
 from sagellm.target import CapabilityDescriptor
 
 Prompt = str | Sequence[int]
@@ -66,15 +71,30 @@ class SageLLMEngine:
     """
 
     def __init__(
-        self, model: str = "builtin", device: str = "cpu", progress: Progress | None = None, **settings
+        self,
+        model: str | Path | None = None,
+        device: str | None = None,
+        kv_schema: AskedKV = None,
+        config: EngineConfig | str | Path | Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+        **settings,
     ):
-        """`settings` are the other fields of `EngineConfig`."""
-        known = {a.name for a in EngineConfig.__attrs_attrs__}
-        if unknown_names := set(settings) - known:
-            raise UserError(
-                f"unknown setting {sorted(unknown_names)[0]!r}; accepted: {', '.join(sorted(known))}"
-            )
-        self.core = EngineCore(EngineConfig(model=model, target=device, **settings), progress)
+        """`settings` are fields of `EngineConfig`, of which `device` is `target`; they go before those of `config`.
+
+        Where `config` is no `EngineConfig`, the environment counts too: see `EngineConfig.load`. `kv_schema` goes
+        before `kv_dtype` and `block_size`; what it says of the model must be so.
+        """
+        if device is not None and "target" in settings:
+            raise UserError(f"device is {device!r} and target {settings['target']!r}; accepted: one of them")
+        settings |= {k: v for k, v in (("model", model), ("target", device)) if v is not None}
+        if isinstance(config, EngineConfig):
+            config = config.changed(**settings)
+        else:
+            config = EngineConfig.load(config, os.environ, **settings)
+        if kv_schema is not None:
+            checked = Planner(config, kv_schema).kv_schema  # before weights are read
+            config = config.changed(kv_dtype=checked.dtype, block_size=checked.block_size)
+        self.core = EngineCore(config, progress)
         self.tokenizer = Tokenizer.load(self.core.folder)
         self._streams: dict[str, _Stream] = {}
         self._ids = count()

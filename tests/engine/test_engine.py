@@ -574,7 +574,7 @@ def test_one_bad_prompt_refuses_all_and_none_is_queued(engine, prompts, message)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"block_sizes": 16}, r"unknown setting 'block_sizes'; accepted: block_size, dtype, .*"),
+        ({"block_sizes": 16}, r"unknown setting 'block_sizes'; accepted: block_size, core, .*"),
         ({"block_size": 0}, "block_size is 0; accepted: a whole number of at least 1"),
         ({"dtype": "int3"}, "unknown dtype 'int3'; accepted: auto, .*"),
         ({"max_length": 1000}, "max_length is 1000; accepted: at most 256, the model's context"),
