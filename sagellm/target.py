@@ -1,41 +1,63 @@
-"""What passes may know of a backend. A leaf: data only, each figure with its source."""
+"""What passes and engines may know of a backend. A leaf: data only, each figure with its source."""
 
 from __future__ import annotations
 
 from attrs import field, frozen
+from attrs.validators import optional
 
+from sagellm import checks
+from sagellm.documents import Document
 from sagellm.errors import unknown
+from sagellm.schemas import DTYPE_BYTES
+
+INSTANCE_TYPES = ("general", "prefill", "decode", "hybrid", "embedding")
 
 
 @frozen(kw_only=True)
 class Figure:
     """A number about hardware, where it comes from, and whether it was measured on this machine."""
 
-    value: float
-    unit: str
-    source: str
-    verified: bool = False
+    value: float = field(validator=checks.number())
+    unit: str = field(validator=checks.text)
+    source: str = field(validator=checks.text)
+    verified: bool = field(default=False, validator=checks.flag)
 
 
 @frozen(kw_only=True)
-class CapabilityDescriptor:
+class CapabilityDescriptor(Document):
     """What a backend can do."""
 
-    backend: str
+    backend: str = field(validator=checks.text)
     """Name of the target: cpu, cuda, ascend, ..."""
-    device: str
+    device: str = field(validator=checks.text)
     """torch's device string."""
-    dtypes: tuple[str, ...]
+    dtypes: tuple[str, ...] = field(validator=checks.each(tuple, checks.one_of(DTYPE_BYTES)))
     """Types of weights and activations, best first."""
-    kernels: frozenset[str]
+    kernels: frozenset[str] = field(validator=checks.each(frozenset, checks.text))
     """Operations of the model graph that have an emitted call."""
-    kv_dtypes: tuple[str, ...]
-    block_sizes: tuple[int, ...]
+    kv_dtypes: tuple[str, ...] = field(validator=checks.each(tuple, checks.one_of(DTYPE_BYTES)))
+    """Types of keys and values, best first."""
+    mixed_kv: bool = field(default=False, validator=checks.flag)
+    """Whether kernels read keys and values of another type than the activations'."""
+    block_sizes: tuple[int, ...] = field(validator=checks.each(tuple, checks.whole()))
     """Tokens per KV block, preferred first."""
-    linear_layouts: dict[str, str] = field(factory=dict)
+    any_block_size: bool = field(default=False, validator=checks.flag)
+    """Whether the kernels read blocks of every size; `block_sizes` are then the ones to prefer."""
+    linear_layouts: dict[str, str] = field(factory=dict, validator=checks.table(checks.text))
     """Weight layout that the backend's linear wants, by dtype; none means plain [out, in]."""
-    figures: dict[str, Figure] = field(factory=dict)
-    notes: tuple[str, ...] = ()
+    instance_type: str = field(default="general", validator=checks.one_of(INSTANCE_TYPES))
+    """Which work a control plane sends here."""
+    max_batch_size: int | None = field(default=None, validator=optional(checks.whole()))
+    """Sequences of one step; None: no limit of the backend's own."""
+    max_sequence_length: int | None = field(default=None, validator=optional(checks.whole()))
+    """Tokens of a sequence, prompt and output; None: no limit of the backend's own."""
+    kv_cache_capacity: int | None = field(default=None, validator=optional(checks.whole()))
+    """Tokens that the KV cache holds; None before a model is loaded."""
+    figures: dict[str, Figure] = field(
+        factory=dict, validator=checks.table(checks.instance_of(Figure, "a Figure"))
+    )
+    """Numbers about the hardware, by name."""
+    notes: tuple[str, ...] = field(default=(), validator=checks.each(tuple, checks.text))
     """What else a person should know, such as why a faster kernel is not there."""
 
     def check_dtype(self, dtype: str) -> None:

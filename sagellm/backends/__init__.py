@@ -20,12 +20,20 @@ def names() -> list[str]:
     return sorted({*BACKENDS, *(e.name for e in entry_points(group=ENTRY_POINTS))})
 
 
+def best() -> str:
+    """The backend that auto means: a vendor's whose device is here, else the CPU."""
+    others = [name for name in names() if name != "cpu"]
+    return next((name for name in others if load(name).available), "cpu")
+
+
 def load(name: str) -> Backend:
-    """The backend of this name, made on each call."""
+    """The backend of this name, or the best for `auto`; made on each call."""
+    if name == "auto":
+        name = best()
     if name in BACKENDS:
         module, _, attribute = BACKENDS[name].partition(":")
         return getattr(import_module(module), attribute)()
     for entry in entry_points(group=ENTRY_POINTS):
         if entry.name == name:
             return entry.load()()
-    raise unknown("target", name, names())
+    raise unknown("target", name, ("auto", *names()))

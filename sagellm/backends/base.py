@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from sagellm.backends.plan import Program
-from sagellm.config import KVCacheSchema
 from sagellm.ir.graph import IRGraph
 from sagellm.rows import Rows
+from sagellm.schemas import KVCacheSchema
 from sagellm.target import CapabilityDescriptor
 
 
@@ -38,6 +38,11 @@ class Backend(ABC):
     """One vendor. Made without touching the device; `capability` may probe it, lazily."""
 
     name: str
+
+    @property
+    def available(self) -> bool:
+        """Whether its device is on this machine."""
+        return True
 
     @property
     @abstractmethod

@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 
 from sagellm.batch import Request, SamplingParams
-from sagellm.cli.options import MODEL, MODEL_NAMES, options, read_lines, read_requests, take
-from sagellm.config import EngineConfig
+from sagellm.cli.options import MODEL, MODEL_NAMES, engine_config, options, read_lines, read_requests, take
 from sagellm.engine.explain import Explanation, explain
 from sagellm.engine.planner import Planner
 from sagellm.engine.record import inputs_path, save_inputs
@@ -58,7 +57,7 @@ def compile_(**given) -> None:
         requests = [(line, SamplingParams()) for line in read_lines(given["prompts_file"])]
     else:
         requests = read_requests(given["requests_file"])
-    planner = Planner(EngineConfig(max_sequences=len(requests), **settings))
+    planner = Planner(engine_config(settings, max_sequences=len(requests)))
     for name in given["require_pass"]:
         if name not in [p.name for p in planner.pipeline.passes]:
             raise unknown("pass in --require-pass", name, [p.name for p in planner.pipeline.passes])

@@ -27,7 +27,8 @@ def devices(as_json: bool) -> None:
         )
         click.echo(f"  dtypes      {', '.join(c.dtypes)}")
         click.echo(
-            f"  KV cache    {', '.join(c.kv_dtypes)}; blocks of {', '.join(map(str, c.block_sizes))} tokens"
+            f"  KV cache    {', '.join(c.kv_dtypes)}; blocks of {', '.join(map(str, c.block_sizes))}"
+            f"{' or any other number of' if c.any_block_size else ''} tokens"
         )
         click.echo(
             f"  layouts     {', '.join(f'{d}: {layout}' for d, layout in c.linear_layouts.items()) or 'plain'}"

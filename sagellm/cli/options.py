@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import reduce
@@ -12,24 +13,32 @@ import click
 from attrs import fields_dict
 
 from sagellm.batch import SamplingParams
+from sagellm.config import EngineConfig
 from sagellm.errors import UserError
 
 MODEL = (
-    click.option("--model", "-m", default="builtin", show_default=True, help="Folder, hub name, or builtin."),
     click.option(
-        "--target", "--device", "target", default="cpu", show_default=True, help="Backend to compile for."
+        "--config",
+        type=click.Path(path_type=Path),
+        help="YAML or JSON file of settings; options go before it.",
     ),
-    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
-    click.option("--pipeline", "-p", default=None, help="Passes, as name,name{option=value}; '' for none."),
-    click.option("--block-size", type=int, default=16, show_default=True, help="Tokens per KV block."),
+    click.option("--model", "-m", help="Folder, hub name, or builtin.  [default: builtin]"),
     click.option(
-        "--max-batched-tokens", type=int, default=2048, show_default=True, help="Tokens of one step."
+        "--target", "--device", "target", help="Backend to compile for; auto for the best.  [default: cpu]"
     ),
+    click.option("--dtype", help="auto, float32, bfloat16 or float16.  [default: auto]"),
     click.option(
-        "--max-length", type=int, default=None, help="Longest sequence; default: the model's context."
+        "--kv-dtype", "--kv-schema", "kv_dtype", help="Type of keys and values, as fp8.  [default: auto]"
     ),
+    click.option("--pipeline", "-p", help="Passes, as name,name{option=value}; '' for none."),
+    click.option("--block-size", type=int, help="Tokens per KV block.  [default: 16]"),
+    click.option("--max-batched-tokens", type=int, help="Tokens of one step.  [default: 2048]"),
+    click.option("--max-length", type=int, help="Longest sequence; default: the model's context."),
 )
-MODEL_NAMES = ("model", "target", "dtype", "pipeline", "block_size", "max_batched_tokens", "max_length")
+"""Settings of an engine. What is not given is None here: the file or `EngineConfig` says it."""
+MODEL_NAMES = (
+    "config", "model", "target", "dtype", "kv_dtype", "pipeline", "block_size", "max_batched_tokens", "max_length",
+)  # fmt: skip
 
 SAMPLING = (
     click.option("--max-tokens", "-n", type=int, default=128, show_default=True, help="Tokens to generate."),
@@ -60,6 +69,12 @@ def options(*some: Callable) -> Callable:
 def take(values: dict, names: tuple[str, ...]) -> dict:
     """Remove these options from what click gave, and return them."""
     return {name: values.pop(name) for name in names if name in values}
+
+
+def engine_config(given: dict, **more: object) -> EngineConfig:
+    """Settings from options of `MODEL` and `more`, the environment and the file of --config."""
+    settings = {name: value for name, value in (given | more).items() if value is not None}
+    return EngineConfig.load(settings.pop("config", None), os.environ, **settings)
 
 
 def read_lines(file: str) -> list[str]:

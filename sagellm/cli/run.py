@@ -10,7 +10,17 @@ import click
 from attrs import asdict
 
 from sagellm.batch import SamplingParams
-from sagellm.cli.options import MODEL, MODEL_NAMES, SAMPLING, SAMPLING_NAMES, options, read_lines, take
+from sagellm.cli.options import (
+    MODEL,
+    MODEL_NAMES,
+    SAMPLING,
+    SAMPLING_NAMES,
+    engine_config,
+    options,
+    read_lines,
+    take,
+)
+from sagellm.config import EngineConfig
 from sagellm.engine.engine import GenerateResult, SageLLMEngine
 from sagellm.errors import UserError
 
@@ -39,7 +49,7 @@ def run(
     interactive = not wanted and sys.stdin.isatty()
     if not wanted and not interactive:
         wanted = read_lines("-")
-    engine = load(settings, record)
+    engine = load(engine_config(settings, record=record))
     if interactive:
         converse(engine, sampling, chat, quiet)
         return
@@ -57,22 +67,20 @@ def run(
         summary(engine, results)
 
 
-def load(settings: dict, record: Path | None) -> SageLLMEngine:
+def load(config: EngineConfig) -> SageLLMEngine:
     """The engine, with a progress bar on a terminal while weights load."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     console = Console(stderr=True)
-    settings = {"device" if name == "target" else name: value for name, value in settings.items()}
     if not console.is_terminal:
-        return SageLLMEngine(**settings, record=record)
+        return SageLLMEngine(config=config)
     with Progress(
         TextColumn("loading {task.description}"), BarColumn(), console=console, transient=True
     ) as bar:
-        task = bar.add_task(settings["model"], total=None)
+        task = bar.add_task(config.model, total=None)
         return SageLLMEngine(
-            **settings,
-            record=record,
+            config=config,
             progress=lambda what, done, of: bar.update(task, completed=done, total=of),
         )
 

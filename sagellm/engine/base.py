@@ -7,20 +7,17 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from attrs import define, field, frozen
 
 from sagellm.batch import SamplingParams
-from sagellm.config import KVCacheSchema
 from sagellm.engine.events import Top
 from sagellm.engine.stats import EngineStats
 from sagellm.errors import UserError
+from sagellm.schemas import KVCacheSchema, QuantizationProfile
 from sagellm.target import CapabilityDescriptor
-
-if TYPE_CHECKING:
-    from sagellm.config import QuantizationProfile
 
 Prompt = str | Sequence[int]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, overload
@@ -14,7 +15,7 @@ import numpy as np
 from attrs import evolve
 
 from sagellm.batch import Request, SamplingParams
-from sagellm.config import EngineConfig, KVCacheSchema
+from sagellm.config import AskedKV, EngineConfig
 from sagellm.engine.base import (
     BaseInferenceEngine,
     EngineState,
@@ -31,6 +32,7 @@ from sagellm.engine.load import Progress
 from sagellm.engine.stats import EngineStats
 from sagellm.engine.tokenizer import Tokenizer
 from sagellm.errors import UserError
+from sagellm.schemas import KVCacheSchema, QuantizationProfile
 from sagellm.target import CapabilityDescriptor
 
 CALL_SECONDS = 120.0
@@ -112,23 +114,35 @@ class SageLLMEngine(BaseInferenceEngine):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | Path | None = None,
         device: str | None = None,
-        kv_schema: str | dict | KVCacheSchema | None = None,
-        config: EngineConfig | str | Path | dict | None = None,
+        kv_schema: AskedKV = None,
+        config: EngineConfig | str | Path | Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         *,
         engine_id: str = "sagellm",
         **settings: Any,
     ):
-        """`settings` are the other fields of `EngineConfig`; what is given here goes before `config`."""
-        given = {"model": model, "target": device} | settings
-        known = {a.name for a in EngineConfig.__attrs_attrs__}
-        if unknown_names := set(settings) - known:
-            raise UserError(
-                f"unknown setting {sorted(unknown_names)[0]!r}; accepted: {', '.join(sorted(known))}"
-            )
-        self.config = EngineConfig(**{k: v for k, v in given.items() if v is not None})
+        """`settings` are fields of `EngineConfig`, of which `device` is `target`; they go before those of `config`.
+
+        Where `config` is no `EngineConfig`, the environment counts too: see `EngineConfig.load`. `kv_schema` goes
+        before `kv_dtype` and `block_size`; what it says of the model must be so.
+        """
+        if device is not None and "target" in settings:
+            raise UserError(f"device is {device!r} and target {settings['target']!r}; accepted: one of them")
+        settings |= {k: v for k, v in (("model", model), ("target", device)) if v is not None}
+        if isinstance(kv_schema, str):
+            settings["kv_dtype"] = kv_schema
+        if isinstance(config, EngineConfig):
+            config = config.changed(**settings)
+        else:
+            config = EngineConfig.load(config, os.environ, **settings)
+        if kv_schema is not None and not isinstance(kv_schema, str):
+            from sagellm.engine.planner import Planner
+
+            checked = Planner(config, kv_schema).kv_schema
+            config = config.changed(kv_dtype=checked.dtype, block_size=checked.block_size)
+        self.config = config
         self.engine_id = engine_id
         self._state = EngineState.STARTING
         self._ids, self._seeds = count(), np.random.default_rng(self.config.seed)
@@ -169,7 +183,7 @@ class SageLLMEngine(BaseInferenceEngine):
     def stats(self) -> EngineStats:
         return evolve(self._call("stats"), restarts=self.front.restarts, finished=dict(self.front.finished))
 
-    def load_quant_profile(self, profile: Any) -> None:
+    def load_quant_profile(self, profile: QuantizationProfile) -> None:
         if profile.method != "none":
             backend = self.get_capability().backend
             raise UserError(f"quantization method {profile.method!r} on {backend}; accepted: none")

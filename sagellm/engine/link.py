@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from sagellm.config import EngineConfig, KVCacheSchema
+from sagellm.config import EngineConfig
 from sagellm.engine.load import Progress
 from sagellm.engine.wire import pack, unpacker
 from sagellm.errors import UserError
+from sagellm.schemas import KVCacheSchema
 from sagellm.target import CapabilityDescriptor
 
 if TYPE_CHECKING:

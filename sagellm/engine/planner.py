@@ -15,12 +15,13 @@ from sagellm import backends, passes
 from sagellm.backends.base import Backend
 from sagellm.batch import Batch, Columns, Request
 from sagellm.compiler import Compiler
-from sagellm.config import EngineConfig, KVCacheSchema
+from sagellm.config import AUTO, AskedKV, EngineConfig, resolve_kv_schema
 from sagellm.errors import UserError
 from sagellm.models.config import load_config
 from sagellm.models.hub import resolve
 from sagellm.runtime.kv import KVManager
 from sagellm.runtime.scheduler import Scheduler
+from sagellm.schemas import KVCacheSchema
 
 
 def available_memory() -> int:
@@ -35,23 +36,25 @@ def available_memory() -> int:
 class Planner:
     """Stages admit, decide and lower of a step."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, kv_schema: AskedKV = None):
+        """`kv_schema` goes before what the config says of the KV cache."""
         self.config = config
         self.pipeline = passes.pipeline(config.pipeline)
         self.backend: Backend = backends.load(config.target)
         self.folder: Path = resolve(config.model)
         self.model = load_config(self.folder, config.model)
-        self.dtype = self.model.dtype if config.dtype == "auto" else config.dtype
+        self.dtype = self.model.dtype if config.dtype == AUTO else config.dtype
         self.backend.capability.check_dtype(self.dtype)
-        self.kv_schema = KVCacheSchema(
-            dtype=self.dtype,
+        default = KVCacheSchema(
+            dtype=self.dtype if config.kv_dtype == AUTO else config.kv_dtype,
             block_size=config.block_size,
             num_layers=self.model.num_layers,
             num_kv_heads=self.model.num_kv_heads,
             head_dim=self.model.head_dim,
         )
+        self.kv_schema = resolve_kv_schema(kv_schema, self.backend.capability, default, self.dtype)
         self.compiler = Compiler(self.model, self.backend, self.pipeline, self.dtype, config.verify)
-        self.columns = Columns(config.max_sequences, self._max_length(), config.block_size)
+        self.columns = Columns(config.max_sequences, self._max_length(), self.kv_schema.block_size)
         if self.model.rope.kind == "dynamic":
             self.columns.alike_up_to = self.model.rope.original_max_positions
         self.kv = KVManager(

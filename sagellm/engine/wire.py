@@ -9,18 +9,18 @@ import msgpack
 import numpy as np
 
 from sagellm.batch import Request, SamplingParams
-from sagellm.config import EngineConfig, KVCacheSchema
+from sagellm.config import EngineConfig
 from sagellm.engine.events import Began, Failed, StepEvents
 from sagellm.engine.stats import EngineStats
-from sagellm.target import CapabilityDescriptor, Figure
+from sagellm.schemas import KVCacheSchema
+from sagellm.target import CapabilityDescriptor
 
 CLASSES = {
     kind.__name__: kind
-    for kind in (
-        Began, CapabilityDescriptor, EngineConfig, EngineStats, Failed, Figure, KVCacheSchema, Request,
-        SamplingParams, StepEvents,
-    )
-}  # fmt: skip
+    for kind in (Began, EngineConfig, EngineStats, Failed, Request, SamplingParams, StepEvents)
+}
+DOCUMENTS = {kind.__name__: kind for kind in (CapabilityDescriptor, KVCacheSchema)}
+"""Those that have a document form of their own."""
 LIMIT = 2**31 - 1
 """Bytes of one message."""
 
@@ -41,6 +41,8 @@ def _encode(value: Any) -> Any:
         return value.item()
     if isinstance(value, (tuple, frozenset)):
         return list(value)
+    if type(value).__name__ in DOCUMENTS:
+        return {"!": type(value).__name__, "document": value.to_dict()}
     if type(value).__name__ in CLASSES:
         fields = {a.alias: getattr(value, a.name) for a in attrs.fields(type(value)) if a.init}
         return {"!": type(value).__name__} | fields
@@ -53,4 +55,6 @@ def _decode(value: dict) -> Any:
         return value
     if kind == "array":
         return np.frombuffer(value["data"], value["dtype"]).reshape(value["shape"])
+    if kind in DOCUMENTS:
+        return DOCUMENTS[kind].from_dict(value["document"])
     return CLASSES[kind](**value)

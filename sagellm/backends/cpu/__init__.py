@@ -10,9 +10,9 @@ from sagellm.backends.cpu.codegen import HEADER, KERNELS, LOADS
 from sagellm.backends.cpu.kernels import CpuCache, CpuRows
 from sagellm.backends.emit import emit_program
 from sagellm.backends.plan import Program
-from sagellm.config import KVCacheSchema
 from sagellm.ir.graph import IRGraph
 from sagellm.rows import Rows
+from sagellm.schemas import KVCacheSchema
 from sagellm.target import CapabilityDescriptor
 
 
@@ -29,6 +29,7 @@ class CpuBackend(Backend):
             kernels=frozenset(KERNELS),
             kv_dtypes=("bfloat16", "float32", "float16"),
             block_sizes=(16, 32, 64, 128),
+            any_block_size=True,
             linear_layouts={"bfloat16": "onednn", "float32": "onednn"} if packed else {},
             notes=(f"native kernels: {native.unavailable() or 'built for this machine'}",),
         )
