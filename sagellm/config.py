@@ -37,7 +37,7 @@ class EngineConfig:
 
     model: str = field(default="builtin", converter=_path_text, validator=checks.text)
     """A folder, a name on the Hugging Face hub, or `builtin`."""
-    target: str = field(default="cpu", validator=checks.text)
+    target: str = field(default=AUTO, validator=checks.text)
     """Backend to compile for; auto takes the best of this machine."""
     dtype: str = field(default=AUTO, converter=full_name, validator=checks.one_of((AUTO, *FLOATS)))
     """Type of weights and activations, also as fp32, bf16, fp16; auto takes the checkpoint's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -21,9 +22,15 @@ def names() -> list[str]:
 
 
 def best() -> str:
-    """The backend that auto means: a vendor's whose device is here, else the CPU."""
-    others = [name for name in names() if name != "cpu"]
-    return next((name for name in others if load(name).available), "cpu")
+    """The backend that auto means: a vendor's whose device is here, else the CPU.
+
+    One whose software is not installed here cannot be it, and is left out.
+    """
+    for name in names():
+        with suppress(ImportError, OSError):
+            if name != "cpu" and load(name).available:
+                return name
+    return "cpu"
 
 
 def load(name: str) -> Backend:

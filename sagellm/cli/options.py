@@ -24,7 +24,7 @@ MODEL = (
     ),
     click.option("--model", "-m", help="Folder, hub name, or builtin.  [default: builtin]"),
     click.option(
-        "--target", "--device", "target", help="Backend to compile for; auto for the best.  [default: cpu]"
+        "--target", "--device", "target", help="Backend to compile for; auto for the best.  [default: auto]"
     ),
     click.option("--dtype", help="auto, float32, bfloat16 or float16.  [default: auto]"),
     click.option(

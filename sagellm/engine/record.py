@@ -115,7 +115,7 @@ def _metadata(planner: Planner) -> dict[str, str]:
     return {
         "model": str(planner.folder.resolve()) if Path(known).is_dir() else known,
         "dtype": planner.dtype,
-        "target": planner.config.target,
+        "target": planner.backend.name,
         "block_size": str(planner.config.block_size),
     }
 
