@@ -27,7 +27,11 @@ class Rows:
     kv_source: np.ndarray | None
     """[T + E] which token each slot gets its keys and values from; None when E is 0."""
     outputs: np.ndarray
-    """[R] tokens whose logits are wanted."""
+    """[R + E] tokens whose logits are wanted: R to choose the next one, E for the logprobs of prompts."""
+    prompt_rows: np.ndarray
+    """[E] the sequence of each of the latter."""
+    prompt_positions: np.ndarray
+    """[E] its position; its logits are about the token behind it."""
     decode_blocks: np.ndarray
     """[D, blocks of the longest] block table."""
     decode_lengths: np.ndarray
@@ -50,7 +54,7 @@ def build_rows(batch: Batch, *, shared: bool) -> Rows:
     positions, sequences = c.context[decode], decode
     outputs = np.arange(len(decode))
     offsets, source = np.zeros(1, np.int64), None
-    extra_positions = extra_rows = np.zeros(0, np.int64)
+    extra_positions = extra_rows = wanted = np.zeros(0, np.int64)
     working = prefill
     if len(prefill):
         start = c.context + (c.shared if shared else 0)
@@ -65,6 +69,9 @@ def build_rows(batch: Batch, *, shared: bool) -> Rows:
         ends = batch.output_rows()[len(decode) :]
         last = c.length[ends] - 1
         outputs = np.concatenate([outputs, _token_of(c, ends, last, start, first)])
+        reported = (c.prompt_logprobs[sequences] >= 0) & (positions < c.prompt[sequences] - 1)
+        wanted = np.flatnonzero(reported & (positions >= c.computed[sequences]))
+        outputs = np.concatenate([outputs, wanted])
         if shared:
             extra_rows, extra_positions = _own_shared_positions(c, prefill)
             if len(extra_rows):
@@ -84,6 +91,8 @@ def build_rows(batch: Batch, *, shared: bool) -> Rows:
         slots=slots,
         kv_source=source,
         outputs=outputs,
+        prompt_rows=sequences[wanted],
+        prompt_positions=positions[wanted],
         decode_blocks=c.blocks[decode, : _blocks(decode_lengths, block_size)].astype(np.int64),
         decode_lengths=decode_lengths,
         prefill_blocks=c.blocks[working, : _blocks(prefill_lengths, block_size)].astype(np.int64),

@@ -18,6 +18,11 @@ _BELOW_ONE = 1 - 2**-52
 """Times any float64 sum, this is less than that sum."""
 
 
+def bias(logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
+    """Add values float32 [K] at (rows, tokens), both int64 [K]; -inf forbids a token."""
+    return logits.index_put((rows, tokens), values, accumulate=True)
+
+
 def penalize(
     logits: Tensor,
     tokens: Tensor,

@@ -54,12 +54,30 @@ SAMPLING = (
     click.option("--seed", type=int, default=None, help="The same seed draws the same tokens."),
     click.option("--stop", multiple=True, help="Text at which the output ends; may be given often."),
     click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True),
+    click.option("--min-tokens", type=int, default=0, help="End tokens cannot come before this many."),
+    click.option(
+        "--logit-bias",
+        multiple=True,
+        metavar="TOKEN:BIAS",
+        callback=lambda _, __, given: tuple(bias_of(text) for text in given),
+        help="Add this to a token's logit; may be given often.",
+    ),
+    click.option("--n", "n", type=int, default=1, help="Outputs for each prompt."),
     click.option("--ignore-eos", is_flag=True, help="Go on behind an end token."),
     click.option(
         "--logprobs", type=int, default=None, help="Also the logprobs of this many likeliest tokens."
     ),
+    click.option("--prompt-logprobs", type=int, default=None, help="The same for the prompt's tokens."),
 )
 SAMPLING_NAMES = tuple(fields_dict(SamplingParams))
+
+
+def bias_of(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition(":")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise UserError(f"logit bias {text!r}; accepted: TOKEN:BIAS, as 50:-2.5") from None
 
 
 def options(*some: Callable) -> Callable:

@@ -22,6 +22,7 @@ from sagellm.engine.record import begin_recording
 from sagellm.engine.stats import Counters, EngineStats, Times
 from sagellm.errors import UserError
 from sagellm.models.checkpoint import Checkpoint
+from sagellm.runtime import logprobs
 from sagellm.runtime.executor import Executor, StepOutcome
 
 log = logging.getLogger(__name__)
@@ -154,10 +155,7 @@ class EngineCore(Planner):
             np.int8
         )
         numbers, samples, indices = c.number[rows], c.sample[rows], c.length[rows] - c.prompt[rows] - 1
-        logprobs = {}
-        for i in np.flatnonzero(c.logprobs[rows] >= 0).tolist():
-            chosen, listed = outcome.logprobs(i, int(c.logprobs[rows[i]]))
-            logprobs[i] = (chosen, tuple(listed))
+        told = logprobs.of_tokens(outcome, c), logprobs.of_prompts(outcome, c)
         self.counters.generated += len(rows)
         self._time(rows, indices)
         for i in np.flatnonzero(reasons).tolist():
@@ -166,7 +164,7 @@ class EngineCore(Planner):
                 self.times.tpot.add(np.array([(c.last_token[row] - c.first_token[row]) / indices[i]]))
             self.scheduler.finish(row)
             self.counters.finished[REASONS[reasons[i]]] += 1
-        return StepEvents(numbers, samples, indices, tokens, reasons, logprobs)
+        return StepEvents(numbers, samples, indices, tokens, reasons, *told)
 
     def _time(self, rows: np.ndarray, indices: np.ndarray) -> None:
         now = self.scheduler.clock()
@@ -223,10 +221,10 @@ def _merged(parts: list[StepEvents], began: list[Began], failed: list[Failed]) -
         )  # fmt: skip
     if not parts:
         parts = [NOTHING]
-    logprobs, prompts, at = {}, {}, 0
+    chosen, prompts, at = {}, {}, 0
     for part in parts:
-        logprobs |= {at + i: value for i, value in part.logprobs.items()}
+        chosen |= {at + i: value for i, value in part.logprobs.items()}
         prompts |= part.prompt_logprobs
         at += len(part)
     columns = (np.concatenate([getattr(part, name) for part in parts]) for name in StepEvents.COLUMNS)
-    return StepEvents(*columns, logprobs, prompts, began, failed)
+    return StepEvents(*columns, chosen, prompts, began, failed)

@@ -99,7 +99,15 @@ class Planner:
         for token in request.prompt:
             if not 0 <= token < self.model.vocab_size:
                 raise UserError(f"token id {token} in the prompt; accepted: 0 to {self.model.vocab_size - 1}")
-        seed = request.sampling.seed
+        how = request.sampling
+        for name, tokens in (
+            ("stop_token_ids", how.stop_token_ids),
+            ("logit_bias", [token for token, _ in how.logit_bias]),
+        ):
+            for token in tokens:
+                if token >= self.model.vocab_size:
+                    raise UserError(f"{name} has token {token}; accepted: 0 to {self.model.vocab_size - 1}")
+        seed = how.seed
         number = next(self._numbers) if number is None else number
         seed = int(self._seeds.integers(2**63)) if seed is None else seed
         self.scheduler.submit(request, number, seed, again=again)

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 SCALARS = (
     "prompt", "length", "context", "owned", "new", "shared", "stages", "temperature", "top_k", "top_p", "min_p",
-    "repetition", "presence", "frequency", "sample",
+    "repetition", "presence", "frequency", "sample", "minimum", "logprobs", "prompt_logprobs", "computed",
 )  # fmt: skip
+RAGGED = ("stops", "bias_tokens", "bias")
 
 
 @frozen
@@ -74,7 +75,7 @@ def save_inputs(path: Path, planner: Planner, batch: Batch, cache: list | None =
     longest, entries = int(c.length[rows].max()), int(c.owned[rows].max())
     held = np.unique(np.concatenate([c.blocks[r, : c.owned[r]] for r in rows]))
     table = np.searchsorted(held, c.blocks[rows, :entries])
-    tensors = {name: torch.from_numpy(getattr(c, name)[rows].copy()) for name in SCALARS}
+    tensors = {name: torch.from_numpy(getattr(c, name)[rows].copy()) for name in (*SCALARS, *RAGGED)}
     tensors |= {
         "tokens": torch.from_numpy(c.tokens[rows, :longest].copy()),
         "blocks": torch.from_numpy(table.astype(np.int32)),
@@ -167,6 +168,8 @@ def _columns(tensors: dict, block_size: int) -> tuple[Columns, Batch]:
     columns.tokens[:, :longest] = tensors["tokens"].numpy()
     for name in (*SCALARS, "leader"):
         getattr(columns, name)[:] = tensors[name].numpy()
+    for name in RAGGED:
+        setattr(columns, name, tensors[name].numpy())
     columns.seed[:] = tensors["seed"].numpy().astype(np.uint64)
     return columns, Batch(columns, tensors["decode"].numpy(), tensors["prefill"].numpy())
 

@@ -25,7 +25,8 @@ class PrefixDedup(Pass):
     decide: orders the prefills by their tokens; a row whose beginning equals its neighbour's follows it. The
     follower takes over full KV blocks; keys and values of a block that is shared in part are written to both.
     apply: puts `batch.share` behind the prefill group and marks the rows as shared.
-    Declines when no two prompts of the step begin with the same uncached token.
+    Declines when no two prompts of the step begin with the same uncached token; a prompt whose logprobs are wanted
+    follows nobody.
     """
 
     name: ClassVar[str] = "prefix-dedup"
@@ -44,7 +45,7 @@ class PrefixDedup(Pass):
         }
         order = sorted(keys, key=keys.__getitem__)
         for before, row in pairwise(order):
-            if keys[before][:2] != keys[row][:2]:
+            if keys[before][:2] != keys[row][:2] or c.prompt_logprobs[row] >= 0:
                 continue
             shared = common_prefix(c, before, row, int(min(end[before], end[row]))) - int(c.context[row])
             if shared <= 0:

@@ -15,10 +15,9 @@ import torch
 from attrs import define, evolve, field, frozen
 
 from sagellm import random
-from sagellm.backends import sampling
 from sagellm.backends.base import Backend, KVCache
 from sagellm.backends.plan import ExecutionPlan
-from sagellm.batch import Batch, Columns, Phase
+from sagellm.batch import Batch, Columns, Phase, Stage
 from sagellm.rows import build_rows
 from sagellm.runtime.kv import KVManager
 
@@ -41,13 +40,12 @@ class StepOutcome:
     """Tokens that went through the model."""
     logits: torch.Tensor
     """[R, V] float32, before sampling."""
-
-    def logprobs(self, index: int, top: int) -> tuple[float, list[tuple[int, float]]]:
-        """Logprob of the chosen token of output row `index`, and the `top` likeliest."""
-        row = self.logits[index : index + 1]
-        top = min(top, row.shape[1])
-        chosen, ids, values = sampling.logprobs(row, torch.tensor([int(self.tokens[index])]), top)
-        return float(chosen[0]), list(zip(ids[0].tolist(), values[0].tolist()))
+    prompt_logits: torch.Tensor
+    """[E, V] float32, of prompts whose logprobs are wanted."""
+    prompt_rows: np.ndarray
+    """[E] their rows."""
+    prompt_positions: np.ndarray
+    """[E] positions; the logits are about the token behind."""
 
 
 Functions = Callable[[str, tuple[str, ...]], Callable]
@@ -66,6 +64,7 @@ class Executor:
     """Blocks in host memory, [slots, ...] as the cache gives them."""
     _batch: Batch | None = None
     _forwarded: int = 0
+    _prompts: tuple[np.ndarray, np.ndarray] = field(init=False)
     _outcome: StepOutcome | None = None
     _bound: dict[int, tuple[ExecutionPlan, list]] = field(factory=dict)
 
@@ -134,7 +133,7 @@ class Executor:
     def rows(self, *arguments: GroupRef | None) -> Any:
         shared = any(group is not None and group.shared for group in arguments)
         rows = build_rows(self._batch, shared=shared)
-        self._forwarded = rows.forwarded
+        self._forwarded, self._prompts = rows.forwarded, (rows.prompt_rows, rows.prompt_positions)
         return self.backend.upload(rows, self.columns.block_size)
 
     def sampling(self, *groups: GroupRef) -> SimpleNamespace | None:
@@ -155,6 +154,8 @@ class Executor:
         how = {name: torch.from_numpy(getattr(c, name)[rows]) for name in columns}
         longest = int(c.length[rows].max()) if len(rows) else 0
         uniform = random.uniform(c.seed[rows], c.length[rows].astype(np.int64), c.sample[rows])
+        if c.stages[rows].max() >= Stage.BIAS:
+            how |= dict(zip(("bias_rows", "bias_tokens", "bias"), map(torch.from_numpy, biases(c, rows))))
         return SimpleNamespace(
             tokens=torch.from_numpy(c.tokens[rows, :longest].astype(np.int64)),
             uniform=torch.from_numpy(uniform),
@@ -168,18 +169,30 @@ class Executor:
     def sample(
         self, logits: torch.Tensor, how: SimpleNamespace | None, sampler: str, stages: tuple[str, ...]
     ):
-        return logits, self.functions(sampler, stages)(logits, how)
+        count = len(logits) - len(self._prompts[0])
+        chosen = logits[:count]
+        return (chosen, logits[count:]), self.functions(sampler, stages)(chosen, how)
 
     def commit(self, sampled: tuple[torch.Tensor, torch.Tensor], *groups: GroupRef) -> None:
         c, batch = self.columns, self._batch
-        logits, tokens = sampled
+        (logits, prompt_logits), tokens = sampled
         chosen, rows = tokens.numpy(), batch.output_rows()
         for group in groups:
             members = batch.rows(group.phase)
             c.context[members] += c.new[members]
         c.tokens[rows, c.length[rows]] = chosen
         c.length[rows] += 1
-        self._outcome = StepOutcome(rows, chosen, self._forwarded, logits)
+        self._outcome = StepOutcome(rows, chosen, self._forwarded, logits, prompt_logits, *self._prompts)
+
+
+def biases(c: Columns, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is added to the logits of these rows: index among the rows int64 [K], token int64 [K], value float32 [K]."""
+    wanted = c.bias_tokens[rows] >= 0
+    banned = (c.stops[rows] >= 0) & (c.length[rows] < c.minimum[rows])[:, None]
+    at, banned_at = np.nonzero(wanted)[0], np.nonzero(banned)[0]
+    tokens = np.concatenate([c.bias_tokens[rows][wanted], c.stops[rows][banned]]).astype(np.int64)
+    values = np.concatenate([c.bias[rows][wanted], np.full(len(banned_at), -np.inf, np.float32)])
+    return np.concatenate([at, banned_at]), tokens, values
 
 
 def _taken(moves: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -98,13 +98,24 @@ def request_rows(batch: Batch, *, shared: bool) -> Rows:
     prefills = [row for row, _, _ in working]
     prefill_lengths = [c.context[row] + c.new[row] for row in prefills]
     copies = [token_of(row, position) for row, position in extra]
+    told = [
+        (row, position)
+        for row, position in forwarded
+        if c.prompt_logprobs[row] >= 0 and c.computed[row] <= position < c.prompt[row] - 1
+    ]
     return Rows(
         tokens=np.array([c.tokens[at] for at in forwarded]),
         positions=np.array([position for _, position in forwarded]),
         lengths=np.array([c.length[row] for row, _ in forwarded]),
         slots=np.array([slot(*at) for at in forwarded + extra]),
         kv_source=np.array([*range(len(forwarded)), *copies]) if extra else None,
-        outputs=np.array([token_of(row, c.length[row] - 1) for row in batch.output_rows()]),
+        outputs=np.array(
+            [token_of(row, c.length[row] - 1) for row in batch.output_rows()]
+            + [token_of(*at) for at in told],
+            np.int64,
+        ),
+        prompt_rows=np.array([row for row, _ in told], np.int64),
+        prompt_positions=np.array([position for _, position in told], np.int64),
         decode_blocks=block_table(list(batch.decode), decode_lengths),
         decode_lengths=np.array(decode_lengths),
         prefill_blocks=block_table(prefills, prefill_lengths),

@@ -108,7 +108,10 @@ class Sampling(SageOp):
 
 @irdl_op_definition
 class Forward(SageOp):
-    """Run a function of the model graph over the rows; its result has one row per output row."""
+    """Run a function of the model graph over the rows; its result has one row per output row.
+
+    Rows of prompts whose logprobs are wanted follow behind; only `batch.commit` reports them.
+    """
 
     name = "batch.forward"
     model = prop_def(SymbolRefAttr)

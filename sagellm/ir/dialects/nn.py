@@ -340,6 +340,13 @@ class _Warp(SageOp):
 
 
 @irdl_op_definition
+class Bias(_Warp):
+    """Add each row's biases to its tokens; end tokens get -inf while the sequence is shorter than it has to be."""
+
+    name = "nn.bias"
+
+
+@irdl_op_definition
 class Penalize(_Warp):
     """Repetition penalty over prompt and output; frequency and presence penalty over the output."""
 
@@ -397,7 +404,7 @@ NN = Dialect(
     [
         Func, Return, Call, Repeat, Embedding, Linear, Split, RmsNorm, Add, AddRmsNorm, Silu, Mul, SiluMul, Cast,
         RopeGather, RopeDynamic, Rope, KvWrite, Attention, SelectOutputs,
-        Penalize, Temperature, TopK, TopP, MinP, Draw, Argmax,
+        Bias, Penalize, Temperature, TopK, TopP, MinP, Draw, Argmax,
     ],
     [],
 )  # fmt: skip

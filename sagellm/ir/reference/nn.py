@@ -142,6 +142,18 @@ def select_outputs(scope: ModelScope, op: nn.SelectOutputs, x: Tensor, rows: Log
     return x[rows.outputs]
 
 
+def bias(scope: ModelScope, op: nn.Bias, logits: Tensor, how: How) -> Tensor:
+    result, c = logits.clone(), how.columns
+    for index, row in enumerate(how.rows):
+        for token, value in zip(c.bias_tokens[row].tolist(), c.bias[row].tolist()):
+            if token >= 0:
+                result[index, token] += value
+        for token in c.stops[row].tolist():
+            if token >= 0 and c.length[row] < c.minimum[row]:
+                result[index, token] = -torch.inf
+    return result
+
+
 def penalize(scope: ModelScope, op: nn.Penalize, logits: Tensor, how: How) -> Tensor:
     result, c = logits.clone(), how.columns
     for index, row in enumerate(how.rows):
@@ -231,6 +243,7 @@ MEANINGS = {
     nn.KvWrite: kv_write,
     nn.Attention: attention,
     nn.SelectOutputs: select_outputs,
+    nn.Bias: bias,
     nn.Penalize: penalize,
     nn.Temperature: temperature,
     nn.TopK: top_k,

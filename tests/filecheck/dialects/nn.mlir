@@ -113,4 +113,11 @@ builtin.module {
     %tokens = nn.argmax %logits : tensor<?xi64>
     nn.return %tokens
   }
+  nn.func @biased(%logits: tensor<?x32xf32>, %how: !batch.sampling<bias>) -> tensor<?xi64> {
+    // CHECK: %logits_1 = nn.bias %logits, %how : tensor<?x32xf32>
+    // GENERIC: %logits_1 = "nn.bias"(%logits, %how) : (tensor<?x32xf32>, !batch.sampling<bias>) -> tensor<?x32xf32>
+    %logits_1 = nn.bias %logits, %how : tensor<?x32xf32>
+    %tokens = nn.argmax %logits_1 : tensor<?xi64>
+    nn.return %tokens
+  }
 }
