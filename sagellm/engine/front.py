@@ -103,7 +103,12 @@ class Front:
         journal = Journal(
             next(self._numbers),
             request,
-            GenerateResult(request.id, len(request.prompt), [Output() for _ in range(how.n)]),
+            GenerateResult(
+                request.id,
+                len(request.prompt),
+                [Output() for _ in range(how.n)],
+                None if how.prompt_logprobs is None else [None],
+            ),
             [self._detokenizer(request) for _ in range(how.n)],
             time.perf_counter(),
             running=how.n,
@@ -326,7 +331,8 @@ class Front:
 
 
 def _add_prompt_logprobs(result: GenerateResult, some: list[tuple[int, float, Top]]) -> None:
-    listed = result.prompt_logprobs = result.prompt_logprobs or [None]
+    listed = result.prompt_logprobs
+    assert listed is not None
     for position, logprob, top in some:
         if position == len(listed):
             listed.append((logprob, tuple(map(tuple, top))))

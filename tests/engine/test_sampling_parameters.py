@@ -35,8 +35,8 @@ def biases():
 @settings(max_examples=25, deadline=None)
 @given(bias=biases(), penalty=st.sampled_from([1.0, 1.3]))
 def test_logit_bias_is_that_of_transformers_and_of_its_own_row(folder, core, bias, penalty):
-    how = SamplingParams(max_tokens=6, logit_bias=bias, repetition_penalty=penalty, ignore_eos=True)
-    plain = evolve(HOW, max_tokens=6, ignore_eos=True)
+    how = SamplingParams(max_tokens=6, logit_bias=bias, repetition_penalty=penalty)
+    plain = evolve(HOW, max_tokens=6)
     got = tokens_of(serve(core, PROMPTS, how, plain, how))
     for prompt, tokens, biased in zip(PROMPTS, got, (True, False, True)):
         extra = {"sequence_bias": {(t,): float(b) for t, b in bias.items()}} if biased else {}
