@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "sagellm.codegen"
 
-BACKENDS = {"cpu": "sagellm.backends.cpu:CpuBackend"}
+BACKENDS = {"cpu": "sagellm.backends.cpu:CpuBackend", "null": "sagellm.backends.null:NullBackend"}
 
 
 def names() -> list[str]:
