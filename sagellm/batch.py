@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from enum import IntEnum, IntFlag
+from hashlib import sha256
 
 import numpy as np
 from attrs import define, field
@@ -208,6 +209,8 @@ class Columns:
         """Which request this is: numbers go up with submission, and requests keep theirs."""
         self.sample = np.zeros(capacity, np.int64)
         """Which of a request's `n` samples this is."""
+        self.tenant = np.zeros(capacity, np.int64)
+        """A number of the request's salt: sequences of different ones share nothing."""
         self.prompt = np.zeros(capacity, np.int32)
         self.length = np.zeros(capacity, np.int32)
         """Known tokens: the prompt and what was generated."""
@@ -256,6 +259,7 @@ class Columns:
         known = request.prompt + (request.output[sample] if sample < len(request.output) else [])
         self.tokens[row, : len(known)] = known
         self.number[row], self.sample[row], self.seed[row] = number, sample, seed
+        self.tenant[row] = int.from_bytes(sha256(request.salt.encode()).digest()[:8], "big", signed=True)
         self.prompt[row], self.length[row] = len(request.prompt), len(known)
         self.limit[row] = min(len(request.prompt) + how.max_tokens, self.max_length)
         self.minimum[row] = len(request.prompt) + how.min_tokens

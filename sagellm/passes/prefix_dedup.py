@@ -25,8 +25,8 @@ class PrefixDedup(Pass):
     decide: orders the prefills by their tokens; a row whose beginning equals its neighbour's follows it. The
     follower takes over full KV blocks; keys and values of a block that is shared in part are written to both.
     apply: puts `batch.share` behind the prefill group and marks the rows as shared.
-    Declines when no two prompts of the step begin with the same uncached token; a prompt whose logprobs are wanted
-    follows nobody.
+    Declines when no two prompts of the step begin with the same uncached token. Prompts of different tenants share
+    nothing, and one whose own logprobs are wanted follows nobody.
     """
 
     name: ClassVar[str] = "prefix-dedup"
@@ -39,13 +39,11 @@ class PrefixDedup(Pass):
             return
         end = c.context + c.new
         own = np.where(c.length > c.alike_up_to, c.length, 0)
-        keys = {
-            int(r): (int(c.context[r]), int(own[r]), c.tokens[r, : end[r]].astype(">i4").tobytes())
-            for r in rows
-        }
+        alike = {int(r): (int(c.context[r]), int(own[r]), int(c.tenant[r])) for r in rows}
+        keys = {r: (who, c.tokens[r, : end[r]].astype(">i4").tobytes()) for r, who in alike.items()}
         order = sorted(keys, key=keys.__getitem__)
         for before, row in pairwise(order):
-            if keys[before][:2] != keys[row][:2] or c.prompt_logprobs[row] >= 0:
+            if alike[before] != alike[row] or c.prompt_logprobs[row] >= 0:
                 continue
             shared = common_prefix(c, before, row, int(min(end[before], end[row]))) - int(c.context[row])
             if shared <= 0:

@@ -6,7 +6,7 @@ Decisions are made when a step is planned, and noted in `Moves`; the step's plan
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from attrs import define
@@ -93,7 +93,7 @@ class KVManager:
         self.pool.hold(blocks[here])
         missing = count - int(here.sum())
         if missing:
-            self._make_room(missing)
+            self._make_room(missing, wanted=lookup.slots)
             blocks[~here] = self.pool.take(missing)
             for at in np.flatnonzero(~here).tolist():
                 self.moves.fetch.append((lookup.slots[at], int(blocks[at])))
@@ -192,14 +192,15 @@ class KVManager:
             pool.indexed[block] = False
         self._named[row] = min(self._named[row], at)
 
-    def _make_room(self, count: int) -> None:
-        """Drop idle blocks until this many are free."""
+    def _make_room(self, count: int, wanted: Iterable[int] = ()) -> None:
+        """Drop idle blocks until this many are free; the host slots `wanted` keep what they hold."""
         count -= self.pool.free
         if count <= 0:
             return
         victims = self._victims(count)
         if self.host is not None and self.keep_on_host:
-            pinned = {slot for slot, _ in self.moves.fetch}
+            moves = self.moves
+            pinned = {*wanted, *(slot for slot, _ in moves.fetch), *(slot for _, slot in moves.offload)}
             for block in victims.tolist():
                 digest = self.index.digest[block]
                 assert digest is not None
