@@ -14,6 +14,27 @@ ENOUGH = 32
 RENEW = 32
 
 
+class Hope:
+    """How much of the memory a forecast may fill: more while all goes well, less when a sequence had to give way.
+
+    It comes to rest where one sequence in RARE gives way: at the forecast's own spread, whatever that is.
+    """
+
+    RARE = 25
+    STEP = 0.001
+
+    def __init__(self):
+        self.part = 1.0
+
+    def fulfilled(self) -> None:
+        """A sequence ended."""
+        self.part = min(1.2, self.part + self.STEP)
+
+    def disappointed(self) -> None:
+        """A sequence had to give way."""
+        self.part = max(0.8, self.part - self.STEP * self.RARE)
+
+
 class Lengths:
     """Output lengths of the sequences that ended last."""
 

@@ -14,7 +14,7 @@ from attrs import define, field
 
 from sagellm.batch import Batch, Columns, Request
 from sagellm.errors import QueueFull, UserError
-from sagellm.runtime.forecast import Lengths, peak_blocks
+from sagellm.runtime.forecast import Hope, Lengths, peak_blocks
 from sagellm.runtime.kv import KVManager
 from sagellm.runtime.prefix import Chain, Lookup
 
@@ -85,7 +85,7 @@ class Scheduler:
         self.numbers: dict[str, int] = {}
         """Of the requests that wait or run."""
         self.counts = SchedulerCounts()
-        self.lengths = Lengths()
+        self.lengths, self.hope = Lengths(), Hope()
         self.waiting = 0
         self._queue: list[tuple[tuple, Sequence]] = []
         self._forks: dict[int, list[Sequence]] = {}
@@ -187,6 +187,7 @@ class Scheduler:
     def finish(self, row: int) -> Sequence:
         """The sequence ends: its row and blocks are free for others."""
         sequence = self._vacate(row)
+        self.hope.fulfilled()
         self.lengths.add(len(sequence.known) - len(sequence.request.prompt))
         self._end(sequence)
         return sequence
@@ -249,6 +250,7 @@ class Scheduler:
             return False
         row = self._victim(short)
         self.preempt(row)
+        self.hope.disappointed()
         batch.decode, batch.prefill = (rows[rows != row] for rows in (batch.decode, batch.prefill))
         return True
 
@@ -374,7 +376,9 @@ class Scheduler:
         now = -(-known // c.block_size) - held
         if now > pool.available:
             return False
-        return peak_blocks(lengths, ends, np.append(credit, held), c.block_size) <= pool.total
+        return (
+            peak_blocks(lengths, ends, np.append(credit, held), c.block_size) <= pool.total * self.hope.part
+        )
 
     def _victim(self, short: int) -> int:
         """The running row whose way back costs least among those that free enough blocks; never the first in order."""
