@@ -70,9 +70,12 @@ class Compiler:
         found = self._steps[key] = CompiledStep(emit_step(only_block(graph.step)), remarks)
         return found
 
+    def _context(self) -> PassContext:
+        return PassContext(self.backend.capability, self.backend.costs)
+
     def compile_step(self, graph: IRGraph, phases: list[Phase] | None = None) -> tuple[IRGraph, list[Remark]]:
         """Run the batch passes over a step's graph, in place."""
-        context = PassContext(self.backend.capability)
+        context = self._context()
         self.pipeline.run(graph, "batch", context, self.verify, phases)
         return graph, context.remarks
 
@@ -89,7 +92,7 @@ class Compiler:
         self, graph: IRGraph, kinds: tuple[str, ...], phases: list[Phase] | None = None
     ) -> CompiledModel:
         """Run the model passes over a model graph, in place, and emit it."""
-        context = PassContext(self.backend.capability)
+        context = self._context()
         self.pipeline.run(graph, "model", context, self.verify, phases)
         program = self.backend.emit(graph, f"{self.config.name} {'+'.join(kinds)}")
         return CompiledModel(graph, program, context.remarks)
@@ -99,7 +102,7 @@ class Compiler:
         found = self._samplers.get(stages)
         if found is None:
             graph = build_sampler(self.config.vocab_size, stages)
-            self.pipeline.run(graph, "model", PassContext(self.backend.capability), self.verify)
+            self.pipeline.run(graph, "model", self._context(), self.verify)
             found = self._samplers[stages] = self.backend.emit(
                 graph, f"sampler {'+'.join(stages) or 'greedy'}"
             )

@@ -24,6 +24,36 @@ class Figure:
 
 
 @frozen(kw_only=True)
+class CostModel:
+    """What work takes on a device: the longer of its arithmetic and its reading and writing, and a start per call.
+
+    The roofline of Williams et al. 2009. The defaults are assumed, of no device in particular.
+    """
+
+    flops: dict[str, float] = field(factory=lambda: {"float32": 1e11, "bfloat16": 2e11, "float16": 2e11})
+    """Operations a second that large products reach, by dtype."""
+    bytes_per_second: float = 3e10
+    """That large reads reach."""
+    call: float = 1e-5
+    """Seconds that a call takes beside its work."""
+    source: str = "assumed"
+    """Where the figures come from."""
+
+    def seconds(
+        self, *, flops: float = 0, moved: float = 0, dtype: str = "float32", calls: float = 1
+    ) -> float:
+        """Of `calls` calls that together do so many operations and move so many bytes."""
+        slowest = min(self.flops.values())
+        return max(flops / self.flops.get(dtype, slowest), moved / self.bytes_per_second) + calls * self.call
+
+    def product(self, rows: int, inputs: int, outputs: int, dtype: str) -> float:
+        """Seconds of [rows, inputs] times [inputs, outputs], the matrix read from memory."""
+        size = DTYPE_BYTES[dtype]
+        moved = size * (rows * inputs + inputs * outputs + rows * outputs)
+        return self.seconds(flops=2 * rows * inputs * outputs, moved=moved, dtype=dtype)
+
+
+@frozen(kw_only=True)
 class CapabilityDescriptor(Document):
     """What a backend can do."""
 

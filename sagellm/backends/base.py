@@ -12,7 +12,7 @@ from sagellm.backends.plan import Program
 from sagellm.ir.graph import IRGraph
 from sagellm.rows import Rows
 from sagellm.schemas import KVCacheSchema
-from sagellm.target import CapabilityDescriptor
+from sagellm.target import CapabilityDescriptor, CostModel
 
 
 class KVCache(Protocol):
@@ -48,6 +48,11 @@ class Backend(ABC):
     @abstractmethod
     def capability(self) -> CapabilityDescriptor:
         """What the backend can do here."""
+
+    @property
+    def costs(self) -> CostModel:
+        """What work takes on its device."""
+        return CostModel()
 
     @abstractmethod
     def emit(self, graph: IRGraph, name: str) -> Program:

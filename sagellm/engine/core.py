@@ -121,7 +121,7 @@ class EngineCore(Planner):
         for half in np.array_split(rows, 2):
             part = Batch(batch.columns, *(r[np.isin(r, half)] for r in (batch.decode, batch.prefill)))
             part.moves = batch.moves
-            self.pipeline.decide(part)
+            self.pipeline.decide(part, self.view)
             done, lost = self._run(part)
             results += done
             failed += lost

@@ -19,6 +19,7 @@ from sagellm.config import AUTO, AskedKV, EngineConfig, resolve_kv_schema
 from sagellm.errors import UserError
 from sagellm.models.config import load_config
 from sagellm.models.hub import resolve
+from sagellm.passes.driver import StepView
 from sagellm.runtime.kv import KVManager
 from sagellm.runtime.scheduler import Scheduler
 from sagellm.schemas import KVCacheSchema
@@ -54,6 +55,7 @@ class Planner:
         )
         self.kv_schema = resolve_kv_schema(kv_schema, self.backend.capability, default, self.dtype)
         self.compiler = Compiler(self.model, self.backend, self.pipeline, self.dtype, config.verify)
+        self.view = StepView(self.backend.costs)
         self.columns = Columns(config.max_sequences, self._max_length(), self.kv_schema.block_size)
         if self.model.rope.kind == "dynamic":
             self.columns.alike_up_to = self.model.rope.original_max_positions
@@ -119,10 +121,8 @@ class Planner:
         The first decision is about all candidates; those without room in the token budget or the cache leave.
         """
         batch = self.scheduler.propose()
-        self.pipeline.decide(batch)
+        self.pipeline.decide(batch, self.view)
         while self.scheduler.fit(batch):
-            batch.facts.clear()
-            batch.notes.clear()
-            self.pipeline.decide(batch)
+            self.pipeline.decide(batch, self.view)
         self.scheduler.place(batch)
         return batch

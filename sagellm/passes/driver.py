@@ -23,7 +23,7 @@ from sagellm.ir.attrs import TableAttr
 from sagellm.ir.check import describe
 from sagellm.ir.edit import only_block, operations
 from sagellm.ir.graph import IRGraph
-from sagellm.target import CapabilityDescriptor
+from sagellm.target import CapabilityDescriptor, CostModel
 
 
 @frozen
@@ -34,9 +34,12 @@ class Remark:
     done: bool
     where: str
     message: str
+    predicted: float | None = None
+    """Seconds that it saves each time it runs, by the cost model; negative where it would lose."""
 
     def __str__(self) -> str:
-        return f"{self.pass_name}: {'applied' if self.done else 'declined'} at {self.where}: {self.message}"
+        text = f"{self.pass_name}: {'applied' if self.done else 'declined'} at {self.where}: {self.message}"
+        return text if self.predicted is None else f"{text} (predicted: {self.predicted * 1e6:+.1f} us)"
 
 
 @frozen
@@ -44,7 +47,15 @@ class PassContext:
     """All that a pass may know besides the graph. Its fields are part of every cache key."""
 
     capability: CapabilityDescriptor
+    costs: CostModel = field(factory=CostModel)
     remarks: list[Remark] = field(factory=list, eq=False)
+
+
+@frozen
+class StepView:
+    """What a pass may see beside the columns when it decides about a step."""
+
+    costs: CostModel = field(factory=CostModel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Pass:
                     if op.parent is not None:
                         pattern(self, op, graph, context)
 
-    def decide(self, batch: Batch) -> None:
+    def decide(self, batch: Batch, view: StepView) -> None:
         """Batch passes: write decisions about this step into the batch's columns and facts."""
 
     @classmethod
@@ -75,11 +86,17 @@ class Pass:
                     table.setdefault(kind, []).append(method)
         return table
 
-    def applied(self, context: PassContext, op: Operation | str, message: str) -> None:
-        context.remarks.append(Remark(self.name, True, op if isinstance(op, str) else describe(op), message))
+    def applied(
+        self, context: PassContext, op: Operation | str, message: str, predicted: float | None = None
+    ) -> None:
+        where = op if isinstance(op, str) else describe(op)
+        context.remarks.append(Remark(self.name, True, where, message, predicted))
 
-    def declined(self, context: PassContext, op: Operation | str, message: str) -> None:
-        context.remarks.append(Remark(self.name, False, op if isinstance(op, str) else describe(op), message))
+    def declined(
+        self, context: PassContext, op: Operation | str, message: str, predicted: float | None = None
+    ) -> None:
+        where = op if isinstance(op, str) else describe(op)
+        context.remarks.append(Remark(self.name, False, where, message, predicted))
 
     def __str__(self) -> str:
         options = []
@@ -120,11 +137,11 @@ class Pipeline:
     def __str__(self) -> str:
         return ",".join(map(str, self.passes))
 
-    def decide(self, batch: Batch) -> None:
+    def decide(self, batch: Batch, view: StepView) -> None:
         """Every batch pass decides about this step, anew."""
         batch.facts, batch.notes = {}, {}
         for p in self.deciding:
-            p.decide(batch)
+            p.decide(batch, view)
 
     def run(
         self,

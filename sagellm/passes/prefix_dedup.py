@@ -13,7 +13,7 @@ from sagellm.ir.attrs import group_type, rows_type, word
 from sagellm.ir.dialects import batch as b
 from sagellm.ir.edit import insert_after, users
 from sagellm.ir.graph import IRGraph
-from sagellm.passes.driver import Pass, PassContext, rewrites
+from sagellm.passes.driver import Pass, PassContext, StepView, rewrites
 
 SHARED = "shared"
 
@@ -32,7 +32,7 @@ class PrefixDedup(Pass):
     name: ClassVar[str] = "prefix-dedup"
     graph: ClassVar[Literal["batch"]] = "batch"
 
-    def decide(self, batch: Batch) -> None:
+    def decide(self, batch: Batch, view: StepView) -> None:
         c, rows = batch.columns, batch.prefill
         c.leader[rows], c.shared[rows] = -1, 0
         if len(rows) < 2:

@@ -30,7 +30,7 @@ from sagellm.ir.reference import (
 )
 from sagellm.models.decoder import build_model, build_sampler
 from sagellm.passes import pipeline as pipeline_of
-from sagellm.passes.driver import Pass, PassContext, Pipeline
+from sagellm.passes.driver import Pass, PassContext, Pipeline, StepView
 from sagellm.testing.inputs import (
     Read,
     cache_before,
@@ -72,14 +72,14 @@ def check_pass(
 def check_pipeline(pipeline: Pipeline, context: PassContext, model: IRGraph, batch: Batch) -> None:
     """Check all passes, on a model graph and on a batch about which the pipeline decides here."""
     check_model_passes(model, pipeline, context)
-    pipeline.decide(batch)
+    pipeline.decide(batch, StepView(context.costs))
     step = step_graph(lower(batch, vocab_size(model)))
     check_batch_passes(step, pipeline, context, batch, model)
 
 
 def check_batch(planner: Planner, batch: Batch) -> str:
     """Check all passes of an engine on a batch about which they decided. Gives one line on what was compared."""
-    pipeline, context = planner.pipeline, PassContext(planner.backend.capability)
+    pipeline, context = planner.pipeline, PassContext(planner.backend.capability, planner.backend.costs)
     phases = tuple(phase.name.lower() for phase in Phase if len(batch.rows(phase)))
     model = build_model(planner.model, planner.dtype, phases)
     check_model_passes(model, pipeline, context)

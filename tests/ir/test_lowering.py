@@ -20,7 +20,7 @@ from sagellm.ir.lower import lower, step_graph
 from sagellm.ir.reference import evaluate_step, evaluate_weights
 from sagellm.models.decoder import build_model, build_sampler
 from sagellm.passes import pipeline
-from sagellm.passes.driver import Pass, Pipeline, rewrites
+from sagellm.passes.driver import Pass, Pipeline, StepView, rewrites
 from sagellm.passes.prefix_dedup import PrefixDedup
 from sagellm.rows import Rows, build_rows
 from sagellm.testing.inputs import context_cache, random_tensors
@@ -52,7 +52,7 @@ def test_attention_finds_every_token_where_it_was_written_over_many_steps(case, 
         if not len(batch.output_rows()) + len(batch.prefill):
             continue
         if dedup:
-            PrefixDedup().decide(batch)
+            PrefixDedup().decide(batch, StepView())
         shared = "shared" in batch.facts.get(Phase.PREFILL, ())
         pool.allocate(batch, shared)
         rows = build_rows(batch, shared=shared)
@@ -154,7 +154,7 @@ def test_groups_mean_what_an_operation_per_request_means(batch):
     weights = evaluate_weights(model, random_tensors(model))
     cache = context_cache(model, weights, batch)
     passes, context = pipeline("prefix-dedup"), every_kernel()
-    passes.decide(batch)
+    passes.decide(batch, StepView())
     grouped, single = step_graph(lower(batch, VOCAB)), lower_requests(batch, VOCAB)
     passes.run(grouped, "batch", context)
     passes.run(single, "batch", context)
@@ -219,7 +219,7 @@ def test_structure_changes_the_fingerprint():
 def test_equal_fingerprints_have_equal_text(one, other):
     blocks = []
     for batch in (one, other):
-        PrefixDedup().decide(batch)
+        PrefixDedup().decide(batch, StepView())
         blocks.append(lower(batch, VOCAB))
     prints = [fingerprint(block) for block in blocks]
     texts = [step_graph(block).text() for block in blocks]

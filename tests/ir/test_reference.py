@@ -35,6 +35,7 @@ from sagellm.models.config import RopeConfig, load_config
 from sagellm.models.decoder import build_model, build_sampler
 from sagellm.models.rope import cos_sin_table, dynamic_cos_sin
 from sagellm.passes import pipeline
+from sagellm.passes.driver import StepView
 from sagellm.random import uniform
 
 STRUCTURE = {"nn.func", "nn.return", "batch.step", "weights.load"}
@@ -167,7 +168,7 @@ def test_steps_continue_greedily_as_transformers_does_with_shared_beginnings(ser
     for _ in range(3):
         decoding = columns.new[0] == 1
         batch = Batch(columns, *((rows, rows[:0]) if decoding else (rows[:0], rows)))
-        passes.decide(batch)
+        passes.decide(batch, StepView())
         step = step_graph(lower(batch, 300))
         passes.run(step, "batch", every_kernel())
         assert step.count("batch.share") == (not decoding)

@@ -14,6 +14,7 @@ from sagellm.ir.graph import IRGraph
 from sagellm.ir.lower import lower, step_graph
 from sagellm.models.decoder import build_model, build_sampler
 from sagellm.passes import pipeline
+from sagellm.passes.driver import StepView
 
 STAGES = ("penalties", "draw", "top_k", "top_p", "min_p")
 
@@ -35,7 +36,7 @@ def has_tables(graph: IRGraph) -> bool:
 @given(batches(), st.booleans())
 def test_steps_read_back(batch, share):
     passes = pipeline("prefix-dedup" if share else "")
-    passes.decide(batch)
+    passes.decide(batch, StepView())
     graph = step_graph(lower(batch, 5))
     passes.run(graph, "batch", every_kernel())
     for tables in (False, True):
@@ -134,7 +135,7 @@ def good_texts() -> list[list[str]]:
         columns.fill(row, Request(str(row), [1, 2, 3], SamplingParams(temperature=0.7)), seed=row)
     columns.context[0], columns.new[:] = 2, (1, 3, 3, 3)
     batch, passes = Batch(columns, np.array([0]), np.array([1, 2, 3])), pipeline()
-    passes.decide(batch)
+    passes.decide(batch, StepView())
     step = step_graph(lower(batch, 5))
     passes.run(step, "batch", every_kernel())
     model = build_model(small_model(), "bfloat16", ("decode",)).merged(build_sampler(9, STAGES))

@@ -17,7 +17,7 @@ from sagellm.ir.lower import lower, step_graph
 from sagellm.models.config import RopeConfig
 from sagellm.models.decoder import build_model
 from sagellm.passes import DEFAULT, kernel_fusion, pipeline
-from sagellm.passes.driver import Pass, Pipeline, rewrites
+from sagellm.passes.driver import Pass, Pipeline, StepView, rewrites
 from sagellm.passes.kernel_fusion import KernelFusion
 from sagellm.passes.prefix_dedup import PrefixDedup
 from sagellm.testing.inputs import small_rows
@@ -52,7 +52,7 @@ def test_any_pipeline_keeps_what_a_step_computes(config, batch, order):
     if config.rope.kind == "dynamic":
         batch.columns.alike_up_to = config.rope.original_max_positions
     passes = pipeline(f"prefix-dedup,{order}".rstrip(","))
-    passes.decide(batch)
+    passes.decide(batch, StepView())
     step = step_graph(lower(batch, config.vocab_size))
     model = build_model(config, "float32", ("decode", "prefill"))
     check_batch_passes(step, passes, every_kernel(), batch, model)
@@ -142,8 +142,8 @@ class WiderWindow(Pass):
 class SharesTooMuch(PrefixDedup):
     """One token more than is equal."""
 
-    def decide(self, batch: Batch) -> None:
-        super().decide(batch)
+    def decide(self, batch: Batch, view: StepView) -> None:
+        super().decide(batch, view)
         c = batch.columns
         following = [row for row in batch.prefill if c.leader[row] >= 0]
         c.shared[following] += 1

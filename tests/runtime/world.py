@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sagellm.batch import Batch, Columns, Phase, Request, SamplingParams
-from sagellm.passes.driver import Pipeline
+from sagellm.passes.driver import Pipeline, StepView
 from sagellm.passes.prefix_dedup import PrefixDedup
 from sagellm.rows import build_rows
 from sagellm.runtime.kv import KVManager
@@ -92,10 +92,10 @@ class World:
     def schedule(self) -> Batch:
         """As `Planner.schedule`."""
         batch = self.scheduler.propose()
-        self.pipeline.decide(batch)
+        self.pipeline.decide(batch, StepView())
         while self.scheduler.fit(batch):
             batch.facts.clear()
-            self.pipeline.decide(batch)
+            self.pipeline.decide(batch, StepView())
         self.scheduler.place(batch)
         return batch
 
@@ -123,7 +123,7 @@ class World:
                 return
             for half in np.array_split(rows, 2):
                 part = Batch(self.columns, *(r[np.isin(r, half)] for r in (batch.decode, batch.prefill)))
-                self.pipeline.decide(part)
+                self.pipeline.decide(part, StepView())
                 self.run(part, breaks)
 
     def execute(self, batch: Batch, breaks: Callable[[int], bool]) -> None:

@@ -13,7 +13,7 @@ from sagellm.backends.plan import Program
 from sagellm.ir.graph import IRGraph
 from sagellm.rows import Rows
 from sagellm.schemas import KVCacheSchema
-from sagellm.target import CapabilityDescriptor
+from sagellm.target import CapabilityDescriptor, CostModel
 
 
 class CpuBackend(Backend):
@@ -32,6 +32,15 @@ class CpuBackend(Backend):
             any_block_size=True,
             linear_layouts={"bfloat16": "onednn", "float32": "onednn"} if packed else {},
             notes=(f"native kernels: {native.unavailable() or 'built for this machine'}",),
+        )
+
+    @property
+    def costs(self) -> CostModel:
+        return CostModel(
+            flops={"float32": 1.3e11, "bfloat16": 2.5e11, "float16": 5e10},
+            bytes_per_second=3.1e10,
+            call=1e-5,
+            source="two cores of a Zen 4 server, docs/performance.md",
         )
 
     def emit(self, graph: IRGraph, name: str) -> Program:
