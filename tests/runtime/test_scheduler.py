@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples
-from world import LONGEST, World, expected
+from world import LONGEST, NEVER, World, expected
 
 from sagellm.errors import QueueFull, UserError
 from sagellm.runtime.pool import BlockPool
@@ -38,7 +38,7 @@ def test_a_step_forwards_each_distinct_beginning_once(texts):
 
 
 def test_requests_begin_in_the_order_in_which_they_came():
-    world = World(capacity=2)
+    world = World(capacity=2, end=NEVER)
     for name in "abcd":
         world.submit(name, [1, 2, 3])
     world.step()
@@ -48,7 +48,7 @@ def test_requests_begin_in_the_order_in_which_they_came():
 
 
 def test_priority_goes_first_and_takes_the_place_of_lower_ones():
-    world = World(capacity=2, order="priority")
+    world = World(capacity=2, order="priority", end=NEVER)
     for name in "ab":
         world.submit(name, [1, 2, 3], max_tokens=12, priority=5)
     world.step()
@@ -57,16 +57,16 @@ def test_priority_goes_first_and_takes_the_place_of_lower_ones():
     world.step()
     assert running(world) == ["urgent", "a"]
     assert world.scheduler.counts.preemptions == 1
-    assert world.run_all()[-1] == "low"
+    assert world.run_all() == ["urgent", "a", "low", "b"], "low gets the row of a, when b has its own back"
     assert world.outputs["b", 0] == expected_of([1, 2, 3], 12)
 
 
 def expected_of(prompt, max_tokens):
-    return expected(World().submit("x", prompt, max_tokens), 0)
+    return expected(World().submit("x", prompt, max_tokens), 0, NEVER)
 
 
 def test_the_earliest_deadline_goes_first():
-    world = World(capacity=1, order="deadline")
+    world = World(capacity=1, order="deadline", end=NEVER)
     world.submit("running", [1, 1])
     world.step()
     for name, deadline in [("never", float("inf")), ("late", 50.0), ("soon", 2.0)]:
@@ -75,7 +75,7 @@ def test_the_earliest_deadline_goes_first():
 
 
 def test_a_long_request_is_not_overtaken_by_short_ones_that_would_fit():
-    world = World(capacity=4, blocks=8)
+    world = World(capacity=4, blocks=8, end=NEVER)
     world.submit("running", [1] * 16, max_tokens=4)
     world.submit("long", [2] * 19, max_tokens=4)
     world.submit("short", [1, 2], max_tokens=1)
@@ -87,7 +87,7 @@ def test_a_long_request_is_not_overtaken_by_short_ones_that_would_fit():
 
 
 def test_the_first_is_never_put_back_and_all_end_in_a_pool_for_one():
-    world = World(capacity=5, blocks=LONGEST // 4, caching=False)
+    world = World(capacity=5, blocks=LONGEST // 4, caching=False, end=NEVER)
     for index in range(5):
         world.submit(str(index), [index % 3, 1], max_tokens=20)
     while world.scheduler.busy:
@@ -99,7 +99,7 @@ def test_the_first_is_never_put_back_and_all_end_in_a_pool_for_one():
 
 
 def test_what_costs_least_to_bring_back_gives_way():
-    world = World(capacity=3, blocks=10, caching=False)
+    world = World(capacity=3, blocks=10, caching=False, end=NEVER)
     world.submit("first", [1] * 12, max_tokens=12)
     world.submit("long", [2] * 15, max_tokens=9)
     world.submit("short", [0] * 5, max_tokens=9)
@@ -112,7 +112,7 @@ def test_what_costs_least_to_bring_back_gives_way():
 
 
 def test_blocks_that_leave_come_back_from_host_memory():
-    world = World(capacity=1, blocks=7, host_slots=20)
+    world = World(capacity=1, blocks=7, host_slots=20, end=NEVER)
     for _ in range(2):
         for first in range(3):
             world.submit(f"{first} {world.steps}", [first] * 20, max_tokens=1)
@@ -124,7 +124,7 @@ def test_blocks_that_leave_come_back_from_host_memory():
 
 
 def test_without_a_gain_nothing_goes_to_host_memory():
-    world = World(capacity=1, blocks=7, host_slots=20)
+    world = World(capacity=1, blocks=7, host_slots=20, end=NEVER)
     world.kv.keep_on_host = False
     for first in range(3):
         world.submit(str(first), [first] * 20, max_tokens=1)
@@ -144,7 +144,7 @@ def test_host_memory_forgets_what_was_used_longest_ago():
 
 
 def test_decodes_come_first_and_the_first_prompt_leaves_room_for_shorter_ones():
-    world = World(budget=6)
+    world = World(budget=6, end=NEVER)
     world.submit("decoding", [1, 2], max_tokens=20)
     world.step()
     world.submit("long", [0] * 12)
@@ -157,7 +157,7 @@ def test_decodes_come_first_and_the_first_prompt_leaves_room_for_shorter_ones():
 
 
 def test_decodes_beyond_the_budget_still_let_one_prompt_token_through():
-    world = World(capacity=3, budget=2)
+    world = World(capacity=3, budget=2, end=NEVER)
     world.submit("one", [1], max_tokens=9)
     world.submit("two", [2], max_tokens=9)
     world.step()
@@ -179,7 +179,7 @@ def test_decodes_beyond_the_budget_still_let_one_prompt_token_through():
     ],
 )
 def test_what_can_never_run_is_refused_in_one_line(prompt, max_tokens, message):
-    world = World(blocks=4)
+    world = World(blocks=4, end=NEVER)
     with pytest.raises(UserError) as error:
         world.submit("bad", prompt, max_tokens)
     assert str(error.value) == message and not isinstance(error.value, QueueFull)
@@ -187,7 +187,7 @@ def test_what_can_never_run_is_refused_in_one_line(prompt, max_tokens, message):
 
 
 def test_an_id_in_use_is_refused_whether_it_waits_or_runs():
-    world = World(capacity=1)
+    world = World(capacity=1, end=NEVER)
     world.submit("runs", [1])
     world.step()
     world.submit("waits", [1])
@@ -199,7 +199,7 @@ def test_an_id_in_use_is_refused_whether_it_waits_or_runs():
 
 
 def test_a_full_queue_refuses_whole_requests():
-    world = World(capacity=1, max_queue=3)
+    world = World(capacity=1, max_queue=3, end=NEVER)
     world.submit("a", [1], n=2)
     with pytest.raises(
         QueueFull, match=r"^2 sequences wait and this request has 2; accepted: at most 3 in all$"

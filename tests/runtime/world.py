@@ -7,6 +7,7 @@ sequence finds in its blocks can be checked. The next token is a function of the
 from __future__ import annotations
 
 from collections.abc import Callable
+from zlib import crc32
 
 import numpy as np
 
@@ -21,23 +22,25 @@ BLOCK, LONGEST = 4, 24
 VOCABULARY = 5
 END = 4
 """A token at which sequences end."""
+NEVER = -2
+"""In its place: sequences end at their limit alone."""
 
 
 def number(salt: str, tokens) -> int:
-    return hash((salt, *map(int, tokens))) % 1_000_000_007
+    return crc32(np.array(tokens, np.int32).tobytes(), crc32(salt.encode()))
 
 
 def next_token(salt: str, tokens, sample: int) -> int:
     return number(f"{salt} {sample}", tokens) % VOCABULARY
 
 
-def expected(request: Request, sample: int) -> list[int]:
+def expected(request: Request, sample: int, end: int = END) -> list[int]:
     """What the request would give alone."""
     tokens = list(request.prompt)
     limit = min(len(tokens) + request.sampling.max_tokens, LONGEST)
     while len(tokens) < limit:
         tokens.append(next_token(request.salt, tokens, sample))
-        if tokens[-1] == END:
+        if tokens[-1] == end:
             break
     return tokens[len(request.prompt) :]
 
@@ -58,6 +61,7 @@ class World:
         caching: bool = True,
         dedup: bool = True,
         max_queue: int = 1000,
+        end: int = END,
     ):
         self.columns = Columns(capacity, LONGEST, BLOCK)
         self.kv = KVManager(self.columns, blocks + 1, caching=caching, host_slots=host_slots)
@@ -68,9 +72,10 @@ class World:
             budget,
             order=order,
             max_queue=max_queue,
-            end_tokens=(END,),
+            end_tokens=(end,),
             clock=lambda: self.time,
         )
+        self.end_token = end
         self.pipeline = Pipeline([PrefixDedup()] if dedup else [])
         self.cache = np.zeros((blocks + 1, BLOCK), np.int64)
         self.host = np.zeros((host_slots, BLOCK), np.int64)
@@ -163,7 +168,7 @@ class World:
             self.outputs.setdefault((sequence.request.id, sequence.sample), []).append(token)
         self.scheduler.committed(batch)
         for row in outputs:
-            if c.tokens[row, c.length[row] - 1] == END or c.length[row] >= c.limit[row]:
+            if c.tokens[row, c.length[row] - 1] == self.end_token or c.length[row] >= c.limit[row]:
                 self.end(row)
 
     def end(self, row: int, *, failed: bool = False) -> None:
