@@ -6,6 +6,7 @@ Building one is told as stages: planner (folder, config, compiler) -> weights ->
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from sagellm.errors import UserError
 from sagellm.models.checkpoint import Checkpoint
 from sagellm.runtime import logprobs
 from sagellm.runtime.executor import Executor, StepOutcome
+from sagellm.runtime.swap import SwapOrRecompute
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,12 @@ class EngineCore(Planner):
             compiled.program, Checkpoint(self.folder), expected, progress
         )
         self.cache = self.backend.make_cache(self.kv_schema, len(self.kv.pool.references))
+        block = self.kv_schema
+        parameters = sum(math.prod(shape) for shape in expected.values())
+        self.swap = SwapOrRecompute(
+            copy=self.backend.costs.seconds(moved=2 * block.bytes_per_block, calls=2),
+            compute=self.backend.costs.seconds(flops=2 * parameters * block.block_size, dtype=self.dtype),
+        )
         self.executor = Executor(
             self.backend, self.columns, self.kv, self.cache, self.weights, self._function
         )
@@ -77,15 +85,28 @@ class EngineCore(Planner):
         """One step of the engine, as columns."""
         if not self.busy:
             return NOTHING
-        began = time.perf_counter()
+        began, self.executor.device_seconds = time.perf_counter(), 0.0
         batch = self.schedule()
         now = self.scheduler.clock()
         started = self._note_begun(now)
         results, failed = self._run(batch)
         events = [self._settle(part, outcome) for part, outcome in results]
-        done = time.perf_counter()
-        self.times.step.add(np.array([done - began]))
+        took = time.perf_counter() - began
+        if self.kv.host is not None:
+            self._compare_ways_back(sum(outcome.forwarded for _, outcome in results))
+        self.times.step.add(np.array([took]))
+        self.times.host.add(np.array([took - self.executor.device_seconds]))
         return _merged(events, started, failed)
+
+    def _compare_ways_back(self, forwarded: int) -> None:
+        """What the step's copies and its prefill took says whether blocks that leave are worth a copy."""
+        blocks, seconds = self.executor.copies
+        self.executor.copies = 0, 0.0
+        if blocks:
+            self.swap.copied(blocks, seconds)
+        if forwarded >= 4 * max(self.columns.block_size, self.scheduler.running):
+            self.swap.computed(forwarded / self.columns.block_size, self.executor.device_seconds)
+        self.kv.keep_on_host = self.swap.swap
 
     def _note_begun(self, now: float) -> list[Began]:
         begun, self.scheduler.counts.began = self.scheduler.counts.began, []
@@ -195,7 +216,7 @@ class EngineCore(Planner):
             reused=kv.counts.hit,
             fetched=kv.counts.fetched,
             recomputed=count.recomputed,
-            evicted_blocks=kv.counts.evicted,
+            evicted=dict(kv.counts.evicted),
             offloaded_blocks=kv.counts.offloaded,
             copied_blocks=kv.counts.copied,
             preemptions=scheduler.counts.preemptions,

@@ -183,6 +183,12 @@ class SageLLMEngine(BaseInferenceEngine):
     def stats(self) -> EngineStats:
         return evolve(self._call("stats"), restarts=self.front.restarts, finished=dict(self.front.finished))
 
+    def metrics(self) -> str:
+        """`stats` in Prometheus' text form."""
+        from sagellm.engine.metrics import exposition
+
+        return exposition(self.stats(), {"engine": self.engine_id, "model": self.model_id})
+
     def load_quant_profile(self, profile: QuantizationProfile) -> None:
         if profile.method != "none":
             backend = self.get_capability().backend

@@ -101,7 +101,8 @@ class EngineStats:
     fetched: int
     """Known tokens fetched from host memory."""
     recomputed: int
-    evicted_blocks: int
+    evicted: dict[str, int]
+    """Why KV blocks left the prefix cache -> how many: a policy that made room, `rewritten`, `reset`."""
     offloaded_blocks: int
     copied_blocks: int
     preemptions: int

@@ -6,6 +6,7 @@ Weights, cache and the compiled model functions come from outside; the executor 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +61,10 @@ class Executor:
     cache: KVCache
     weights: Any
     functions: Functions
+    device_seconds: float = 0.0
+    """Spent in model and sampler; whoever reads it sets it back."""
+    copies: tuple[int, float] = (0, 0.0)
+    """Blocks that were copied from or to host memory, and the seconds it took; likewise."""
     _host: torch.Tensor | None = None
     """Blocks in host memory, [slots, ...] as the cache gives them."""
     _batch: Batch | None = None
@@ -109,15 +114,23 @@ class Executor:
         self.kv.moves.evict.clear()
 
     def offload(self) -> None:
+        began = time.perf_counter()
         blocks, slots = _taken(self.kv.moves.offload)
         values = self.cache.read(blocks)
         if self._host is None:
             self._host = values.new_empty((self.kv.host.slots, *values.shape[1:]))
         self._host[torch.from_numpy(slots)] = values
+        self._copied(len(blocks), began)
 
     def fetch(self) -> None:
+        began = time.perf_counter()
         slots, blocks = _taken(self.kv.moves.fetch)
         self.cache.write(blocks, self._host[torch.from_numpy(slots)])
+        self._copied(len(blocks), began)
+
+    def _copied(self, blocks: int, began: float) -> None:
+        before, seconds = self.copies
+        self.copies = before + blocks, seconds + time.perf_counter() - began
 
     def copy(self) -> None:
         self.cache.copy(*_taken(self.kv.moves.copy))
@@ -164,14 +177,20 @@ class Executor:
         )
 
     def forward(self, rows: Any, model: str, kinds: tuple[str, ...]) -> torch.Tensor:
-        return self.functions(model, kinds)(self.weights, self.cache, rows)
+        return self._timed(self.functions(model, kinds), self.weights, self.cache, rows)
 
     def sample(
         self, logits: torch.Tensor, how: SimpleNamespace | None, sampler: str, stages: tuple[str, ...]
     ):
         count = len(logits) - len(self._prompts[0])
         chosen = logits[:count]
-        return (chosen, logits[count:]), self.functions(sampler, stages)(chosen, how)
+        return (chosen, logits[count:]), self._timed(self.functions(sampler, stages), chosen, how)
+
+    def _timed(self, function: Callable, *arguments: Any) -> Any:
+        began = time.perf_counter()
+        result = function(*arguments)
+        self.device_seconds += time.perf_counter() - began
+        return result
 
     def commit(self, sampled: tuple[torch.Tensor, torch.Tensor], *groups: GroupRef) -> None:
         c, batch = self.columns, self._batch

@@ -5,11 +5,11 @@ Decisions are made when a step is planned, and noted in `Moves`; the step's plan
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from attrs import define
+from attrs import define, field
 
 from sagellm.batch import Batch, Columns, Moves
 from sagellm.rows import aliased_blocks
@@ -30,10 +30,10 @@ class KVCounts:
     """Of these, found on the device."""
     fetched: int = 0
     """Of these, found in host memory."""
-    evicted: int = 0
-    """Blocks dropped from the device to make room."""
+    evicted: Counter = field(factory=Counter)
+    """Why blocks left the index -> how many."""
     offloaded: int = 0
-    """Of these, blocks kept in host memory."""
+    """Of those that made room, blocks kept in host memory."""
     copied: int = 0
     """Blocks copied before a write, as others hold them too."""
 
@@ -189,6 +189,7 @@ class KVManager:
             self.counts.copied += 1
         elif pool.indexed[block]:
             self.index.forget(block, "its holder wrote on")
+            self.counts.evicted["rewritten"] += 1
             pool.indexed[block] = False
         self._named[row] = min(self._named[row], at)
 
@@ -211,7 +212,7 @@ class KVManager:
         self.index.forget(victims, f"evicted by lru in step {self.clock}")
         self.pool.drop(victims)
         self.moves.evict += victims.tolist()
-        self.counts.evicted += len(victims)
+        self.counts.evicted["lru"] += len(victims)
 
     def _victims(self, count: int) -> np.ndarray:
         """Idle blocks, least recently used first and children before their parents."""
@@ -254,6 +255,7 @@ class KVManager:
         """Forget all idle blocks, as after a change of weights; returns how many there were."""
         idle = np.flatnonzero(self.pool.indexed & (self.pool.references == 0))
         self.index.forget(idle, "cache reset")
+        self.counts.evicted["reset"] += len(idle)
         self.pool.drop(idle)
         if self.host is not None:
             self.host = HostTier(self.host.slots)

@@ -129,7 +129,7 @@ def test_without_a_gain_nothing_goes_to_host_memory():
     for first in range(3):
         world.submit(str(first), [first] * 20, max_tokens=1)
         world.run_all()
-    assert world.kv.counts.evicted > 0 and world.kv.counts.offloaded == 0
+    assert world.kv.counts.evicted["lru"] > 0 and world.kv.counts.offloaded == 0
 
 
 def test_host_memory_forgets_what_was_used_longest_ago():
