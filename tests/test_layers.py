@@ -14,6 +14,7 @@ LAYERS = [
     {"backends"},
     {"compiler", "runtime"},
     {"engine"},
+    {"bench"},
     {"cli", "testing", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

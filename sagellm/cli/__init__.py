@@ -22,6 +22,7 @@ COMMANDS = {
     "passes": ("sagellm.cli.passes:passes", "List the passes, when they decline, and their options."),
     "devices": ("sagellm.cli.devices:devices", "Show the backends and what they can do on this machine."),
     "opt": ("sagellm.cli.opt:opt", "Read a graph as text, run passes over it, print it."),
+    "bench": ("sagellm.cli.bench:bench", "Measure latency, throughput, and serving under load."),
     "replay": ("sagellm.cli.replay:replay", "Run a recorded step again."),
 }
 """Name: where it is, and its line in `sagellm --help`, which imports none of them."""

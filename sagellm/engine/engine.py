@@ -30,7 +30,7 @@ from sagellm.engine.front import Front, Journal
 from sagellm.engine.link import LINKS, InlineLink
 from sagellm.engine.load import Progress
 from sagellm.engine.stats import EngineStats
-from sagellm.engine.tokenizer import Tokenizer
+from sagellm.engine.tokenizer import TOKENIZER_FILE, Tokenizer
 from sagellm.errors import UserError
 from sagellm.schemas import KVCacheSchema, QuantizationProfile
 from sagellm.target import CapabilityDescriptor
@@ -151,7 +151,11 @@ class SageLLMEngine(BaseInferenceEngine):
     def _open(self, progress: Progress | None) -> None:
         make = LINKS[self.config.core]
         self.front = Front(lambda: make(self.config, progress), self.config.max_restarts)
-        self.tokenizer = self.front.tokenizer = Tokenizer.load(self.front.link.info.folder)
+        folder = self.front.link.info.folder
+        self.tokenizer = self.front.tokenizer = (
+            Tokenizer.load(folder) if (folder / TOKENIZER_FILE).exists() else None
+        )
+        """None where the model has none: it takes and gives token ids."""
         self._finalizer = weakref.finalize(self, Front.close, self.front)
         self._state = EngineState.READY
 
@@ -176,6 +180,11 @@ class SageLLMEngine(BaseInferenceEngine):
 
     def get_capability(self) -> CapabilityDescriptor:
         return self.front.link.info.capability
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the model are below this."""
+        return self.front.link.info.vocab_size
 
     def get_kv_schema(self) -> KVCacheSchema:
         return self.front.link.info.kv_schema
@@ -242,6 +251,8 @@ class SageLLMEngine(BaseInferenceEngine):
         if not isinstance(work, GenerateRequest):
             work = GenerateRequest(prompt=work, sampling=sampling or SamplingParams())
         how = work.sampling
+        if how.stop:
+            self._tokenizer("stop strings")
         if how.seed is None:
             how = evolve(how, seed=int(self._seeds.integers(2**63)))
         request = Request(
@@ -264,11 +275,18 @@ class SageLLMEngine(BaseInferenceEngine):
 
     def chat_prompt(self, messages: Sequence[dict]) -> list[int]:
         """Token ids of a conversation in the model's chat template."""
-        text = self.tokenizer.apply_chat_template(list(messages))
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        tokenizer = self._tokenizer("a conversation")
+        return tokenizer.encode(tokenizer.apply_chat_template(list(messages)), add_special_tokens=False)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._tokenizer("text").encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(
+                f"{what} for {self.model_id!r}, which has no {TOKENIZER_FILE}; accepted: token ids"
+            )
+        return self.tokenizer
 
     async def embed(self, texts: Sequence[str]) -> np.ndarray:
         raise UserError(

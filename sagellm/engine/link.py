@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from sagellm.config import EngineConfig
 from sagellm.engine.load import Progress
@@ -40,11 +40,20 @@ class CoreInfo:
     model_id: str
     folder: Path
     capability: CapabilityDescriptor
+    """With the limits of this model and its cache."""
     kv_schema: KVCacheSchema
+    vocab_size: int
 
     @classmethod
     def of(cls, core: EngineCore) -> CoreInfo:
-        return cls(core.model.name, core.folder, core.backend.capability, core.kv_schema)
+        columns = core.columns
+        limits = {
+            "max_batch_size": columns.capacity,
+            "max_sequence_length": columns.max_length,
+            "kv_cache_capacity": core.kv.pool.total * columns.block_size,
+        }
+        capability = evolve(core.backend.capability, **limits)
+        return cls(core.model.name, core.folder, capability, core.kv_schema, core.model.vocab_size)
 
 
 class Link(ABC):
@@ -125,8 +134,8 @@ class ProcessLink(Link):
                     case ("refused", text):
                         self.process.wait()
                         raise UserError(text)
-                    case ("ready", model_id, folder, capability, kv_schema):
-                        return CoreInfo(model_id, Path(folder), capability, kv_schema)
+                    case ("ready", model_id, folder, *rest):
+                        return CoreInfo(model_id, Path(folder), *rest)
 
     def send(self, message: Message) -> None:
         data = pack(message)

@@ -51,7 +51,9 @@ def serve(connection: Connection) -> None:
         connection.send("refused", str(error))
         return
     info = CoreInfo.of(core)
-    connection.send("ready", info.model_id, str(info.folder), info.capability, info.kv_schema)
+    connection.send(
+        "ready", info.model_id, str(info.folder), info.capability, info.kv_schema, info.vocab_size
+    )
     service = CoreService(core)
     while True:
         for message in connection.messages(wait=not core.busy):

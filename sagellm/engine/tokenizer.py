@@ -28,6 +28,8 @@ MAX_PROMPT_CHARACTERS = 4 * 2**20
 
 _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
+TOKENIZER_FILE = "tokenizer.json"
+
 
 @frozen(eq=False, repr=False, kw_only=True)
 class Tokenizer:
@@ -51,10 +53,10 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Tokenizer:
         """Raises UserError where a file is missing or malformed."""
         folder = Path(folder)
-        file = folder / "tokenizer.json"
+        file = folder / TOKENIZER_FILE
         if not file.is_file():
             raise UserError(
-                f"no tokenizer.json in {str(folder)!r}; accepted: a folder of a Hugging Face model"
+                f"no {TOKENIZER_FILE} in {str(folder)!r}; accepted: a folder of a Hugging Face model"
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))

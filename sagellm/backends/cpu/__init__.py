@@ -7,7 +7,7 @@ import torch
 from sagellm.backends.base import Backend
 from sagellm.backends.cpu import native
 from sagellm.backends.cpu.codegen import HEADER, KERNELS, LOADS
-from sagellm.backends.cpu.kernels import CpuCache, CpuRows
+from sagellm.backends.cpu.kernels import CpuCache, CpuRows, packs
 from sagellm.backends.emit import emit_program
 from sagellm.backends.plan import Program
 from sagellm.ir.graph import IRGraph
@@ -21,7 +21,7 @@ class CpuBackend(Backend):
 
     @property
     def capability(self) -> CapabilityDescriptor:
-        packed = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        packed = [dtype for dtype in ("bfloat16", "float32") if packs(getattr(torch, dtype))]
         return CapabilityDescriptor(
             backend=self.name,
             device="cpu",
@@ -30,7 +30,7 @@ class CpuBackend(Backend):
             kv_dtypes=("bfloat16", "float32", "float16"),
             block_sizes=(16, 32, 64, 128),
             any_block_size=True,
-            linear_layouts={"bfloat16": "onednn", "float32": "onednn"} if packed else {},
+            linear_layouts=dict.fromkeys(packed, "onednn"),
             notes=(f"native kernels: {native.unavailable() or 'built for this machine'}",),
         )
 

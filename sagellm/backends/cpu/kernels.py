@@ -6,6 +6,8 @@ docs/performance.md.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -128,6 +130,17 @@ class Packed:
     def __init__(self, tensor: Tensor, outputs: int):
         self.tensor, self.outputs = tensor, outputs
         self.address: int | None = None
+
+
+@cache
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this torch and this processor have oneDNN's packed product for the type (bfloat16 wants AVX-512)."""
+    try:
+        weight = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), 16)
+        torch.ops.mkldnn._linear_pointwise(torch.zeros(1, 16, dtype=dtype), weight, None, "none", [], "")
+    except (RuntimeError, AttributeError):
+        return False
+    return True
 
 
 def pack_onednn(weight: Tensor) -> Packed:

@@ -1,0 +1,120 @@
+"""What is asked of an engine: requests with lengths and arrival times, drawn at random or read from a trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from attrs import frozen
+
+from sagellm.errors import UserError
+
+FIRST_TOKEN = 10
+"""Lower ids are often special."""
+
+
+@frozen
+class Arrival:
+    """One request of a workload."""
+
+    at: float
+    """Seconds from the start."""
+    prompt: list[int]
+    output: int
+    """Tokens to generate; end tokens are ignored."""
+
+
+def uniform(
+    count: int, rate: float, prompt: tuple[int, int], output: tuple[int, int], vocabulary: int, seed: int
+) -> list[Arrival]:
+    """Random prompts that share nothing, with lengths between the bounds, arriving as a Poisson process of `rate` a
+    second; all at once where the rate is 0."""
+    random = np.random.default_rng(seed)
+    gaps = random.exponential(1 / rate, count) if rate else np.zeros(count)
+    prompts = random.integers(prompt[0], prompt[1] + 1, count)
+    outputs = random.integers(output[0], output[1] + 1, count)
+    return [
+        Arrival(float(at), random.integers(FIRST_TOKEN, vocabulary, length).tolist(), int(made))
+        for at, length, made in zip(np.cumsum(gaps) - gaps[:1], prompts.tolist(), outputs.tolist())
+    ]
+
+
+@frozen
+class TraceRow:
+    """A request of a recorded trace, in the form of Mooncake's (Qin et al., FAST 2025)."""
+
+    timestamp: float
+    """Milliseconds from the start."""
+    input_length: int
+    output_length: int
+    hash_ids: tuple[int, ...]
+    """One for each block of the prompt; equal ids stand for equal beginnings up to there."""
+
+
+def read_trace(path: Path, limit: int | None = None) -> list[TraceRow]:
+    """JSON lines with `timestamp`, `input_length`, `output_length` and `hash_ids`."""
+    rows: list[TraceRow] = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if limit is not None and len(rows) == limit:
+                    break
+                rows.append(_row(line, f"line {number} of {str(path)!r}"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read a trace from {str(path)!r}: {error}") from error
+    if not rows:
+        raise UserError(f"{str(path)!r} holds no request; accepted: JSON lines")
+    return rows
+
+
+def _row(line: str, where: str) -> TraceRow:
+    accepted = "accepted: an object with timestamp, input_length, output_length and hash_ids"
+    try:
+        entry = json.loads(line)
+        row = TraceRow(
+            float(entry["timestamp"]),
+            int(entry["input_length"]),
+            int(entry["output_length"]),
+            tuple(map(int, entry["hash_ids"])),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where} is no request ({type(error).__name__}: {error}); {accepted}") from error
+    if row.input_length < 1 or row.output_length < 1 or not row.hash_ids:
+        raise UserError(f"{where} has no tokens; {accepted}, each of at least one")
+    return row
+
+
+def replayed(
+    rows: Sequence[TraceRow], rate: float, longest: int, vocabulary: int, seed: int
+) -> list[Arrival]:
+    """The trace's requests with lengths scaled so that the longest has `longest` tokens, prompt and output, and
+    times scaled to `rate` requests a second; all at once where the rate is 0. Equal blocks stay equal."""
+    scale = min(1.0, longest / max(r.input_length + r.output_length for r in rows))
+    block = max(1, int(scale * max(-(-r.input_length // len(r.hash_ids)) for r in rows)))
+    span = (rows[-1].timestamp - rows[0].timestamp) / 1e3
+    pace = (len(rows) - 1) / rate / span if rate and span > 0 else 0.0
+    return [
+        Arrival(
+            (row.timestamp - rows[0].timestamp) / 1e3 * pace,
+            _tokens(row, max(1, int(row.input_length * scale)), block, vocabulary, seed),
+            max(1, int(row.output_length * scale)),
+        )
+        for row in rows
+    ]
+
+
+def _tokens(row: TraceRow, length: int, block: int, vocabulary: int, seed: int) -> list[int]:
+    """Tokens of a prompt: each block's are a function of its id."""
+    blocks = (
+        np.random.default_rng((seed, identity)).integers(FIRST_TOKEN, vocabulary, block)
+        for identity in row.hash_ids
+    )
+    return np.concatenate(list(blocks))[:length].tolist()
+
+
+def total_tokens(arrivals: Iterable[Arrival]) -> tuple[int, int]:
+    """Of all prompts, and of all outputs."""
+    some = list(arrivals)
+    return sum(len(a.prompt) for a in some), sum(a.output for a in some)
