@@ -117,7 +117,7 @@ def expected_tensors(graph: IRGraph) -> dict[str, tuple[int, ...]]:
         for op in operations(only_block(load)):
             if not isinstance(op, weights.Tensor):
                 continue
-            shape = tuple(op.result.type.get_shape())
+            shape = op.source_shape
             for layer in range(first, first + count):
                 expected[tensor_name(op, layer, layer == first + count - 1)] = shape
     return expected

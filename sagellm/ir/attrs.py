@@ -138,6 +138,14 @@ class BlocksType(_Words):
     name = "kv.blocks"
 
 
+@irdl_attr_definition
+class PendingType(_Words):
+    """A collective that is under way."""
+
+    name = "comm.pending"
+
+
+PENDING = PendingType(())
 group_type = lru_cache(None)(lambda *words: GroupType(words))
 rows_type = lru_cache(None)(lambda *words: RowsType(words))
 sampling_type = lru_cache(None)(lambda *words: SamplingType(words))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from xdsl.dialects.builtin import StringAttr
-from xdsl.ir import Block, Operation, SSAValue
+from xdsl.ir import Attribute, Block, Operation, SSAValue
 
 
 def operations(block: Block) -> Iterator[Operation]:
@@ -80,3 +80,8 @@ def precedes(first: Operation, second: Operation) -> bool:
     while op is not None and op is not second:
         op = op._next_op
     return op is second
+
+
+def retype(value: SSAValue, type_: Attribute) -> None:
+    """Give a result another type; its users are the caller's care."""
+    value._type = type_  # type: ignore[attr-defined]

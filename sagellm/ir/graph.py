@@ -62,6 +62,11 @@ class IRGraph:
     def loads(self) -> dict[str, weights.Load]:
         return {op.fills: op for op in self if isinstance(op, weights.Load)}
 
+    @property
+    def ranks(self) -> int:
+        """How many ranks run this together: the most parts that its weights program cuts a tensor into."""
+        return max((op.cut[1] for op in self.walk() if isinstance(op, weights.Tensor) and op.cut), default=1)
+
     def clone(self) -> IRGraph:
         return IRGraph(self.module.clone())
 

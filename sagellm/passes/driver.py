@@ -48,6 +48,8 @@ class PassContext:
 
     capability: CapabilityDescriptor
     costs: CostModel = field(factory=CostModel)
+    ranks: int = 1
+    """Ranks that run the model together."""
     remarks: list[Remark] = field(factory=list, eq=False)
 
 

@@ -36,7 +36,7 @@ def random_tensors(graph: IRGraph) -> Read:
         for op in operations(only_block(load)):
             if isinstance(op, weights.Tensor):
                 for layer in range(first, end):
-                    shapes[source_name(op, layer, last=layer == end - 1)] = op.result.type.get_shape()
+                    shapes[source_name(op, layer, last=layer == end - 1)] = op.source_shape
     made: dict[str, Tensor] = {}
 
     def read(name: str) -> Tensor:

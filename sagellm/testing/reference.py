@@ -24,10 +24,10 @@ from sagellm.ir.reference import (
     Cache,
     LogicalRows,
     StepResult,
-    evaluate_model,
     evaluate_step,
     evaluate_weights,
 )
+from sagellm.ir.reference.ranks import evaluate_ranks, kv_heads, shard_cache, whole_cache
 from sagellm.models.decoder import build_model, build_sampler
 from sagellm.passes import pipeline as pipeline_of
 from sagellm.passes.driver import Pass, PassContext, Pipeline, StepView
@@ -105,11 +105,12 @@ def check_model_passes(
     read = read or random_tensors(graph)
     rows = rows or small_rows(graph)
     start = cache_before(graph, evaluate_weights(graph, read, exact=True), rows)
-    before = _evaluated(graph, read, rows, start)
+    whole = kv_heads(graph)
+    before = _evaluated(graph, read, rows, start, whole)
     for p in _of_kind(pipeline, "model"):
         graph = _applied(p, graph, context)
         try:
-            after = _evaluated(graph, read, rows, start)
+            after = _evaluated(graph, read, rows, start, whole)
         except Exception as error:
             raise _no_meaning(p, error) from error
         _compare_models(p, before, after)
@@ -183,17 +184,20 @@ class _Evaluated:
     values: list[_Value]
 
 
-def _evaluated(graph: IRGraph, read: Read, rows: LogicalRows, start: Cache) -> _Evaluated:
+def _evaluated(graph: IRGraph, read: Read, rows: LogicalRows, start: Cache, heads: int) -> _Evaluated:
+    """`start` is a cache of `heads` KV heads. A graph for several ranks is evaluated on all of them."""
     values: list[_Value] = []
 
     def observe(op: Operation, layer: int | None, results: tuple) -> None:
         values.extend(_Value(op, r.name_hint, layer, tensor) for r, tensor in zip(op.results, results))
 
-    cache = {row: dict(layers) for row, layers in start.items()}
-    logits = evaluate_model(
-        graph, evaluate_weights(graph, read, exact=True), rows, cache, exact=True, observe=observe
-    )
-    return _Evaluated(logits, cache, values)
+    ranks = graph.ranks
+    weights = [evaluate_weights(graph, read, exact=True, rank=rank, ranks=ranks) for rank in range(ranks)]
+    caches = shard_cache(start, kv_heads(graph), ranks)
+    logits = evaluate_ranks(graph, weights, rows, caches, exact=True, observe=observe)
+    if any(not torch.equal(logits[0], other) for other in logits):
+        raise UserError("the ranks have different logits")
+    return _Evaluated(logits[0], whole_cache(caches, heads), values)
 
 
 def _compare_models(p: Pass, before: _Evaluated, after: _Evaluated) -> None:

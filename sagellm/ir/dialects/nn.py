@@ -125,10 +125,14 @@ class Repeat(SageOp):
 
 @irdl_op_definition
 class Embedding(SageOp):
-    """Rows of the table `weight` [V, H] at the rows' token ids: [T, H]."""
+    """Rows of the table `weight` [V, H] at the rows' token ids: [T, H].
+
+    With `group`, each rank holds its part of the rows; tokens of other ranks' parts give zeros.
+    """
 
     name = "nn.embedding"
     weight = prop_def(SymbolRefAttr)
+    group = opt_prop_def(StringAttr)
     rows = operand_def(RowsType)
     result = result_def(TensorType)
     SYMBOLS: ClassVar = ("weight",)
@@ -170,6 +174,36 @@ class Split(SageOp):
             raise VerifyException(
                 f"nn.split of {last_dim(self.x.type)} into {list(sizes)} does not fit its results"
             )
+
+
+@irdl_op_definition
+class SplitRows(SageOp):
+    """The first half of the tokens, rounded up, and the rest."""
+
+    name = "nn.split_rows"
+    x = operand_def(TensorType)
+    first = result_def(TensorType)
+    second = result_def(TensorType)
+    HINTS: ClassVar = ("a", "b")
+
+    def verify_(self) -> None:
+        if not self.x.type == self.first.type == self.second.type:
+            raise VerifyException("nn.split_rows wants one type for its input and both results")
+
+
+@irdl_op_definition
+class JoinRows(SageOp):
+    """The tokens of `first`, then those of `second`."""
+
+    name = "nn.join_rows"
+    first = operand_def(TensorType)
+    second = operand_def(TensorType)
+    result = result_def(TensorType)
+    HINTS: ClassVar = ("x",)
+
+    def verify_(self) -> None:
+        if not self.first.type == self.second.type == self.result.type:
+            raise VerifyException("nn.join_rows wants one type for both inputs and the result")
 
 
 @irdl_op_definition
@@ -402,8 +436,8 @@ class Argmax(SageOp):
 NN = Dialect(
     "nn",
     [
-        Func, Return, Call, Repeat, Embedding, Linear, Split, RmsNorm, Add, AddRmsNorm, Silu, Mul, SiluMul, Cast,
-        RopeGather, RopeDynamic, Rope, KvWrite, Attention, SelectOutputs,
+        Func, Return, Call, Repeat, Embedding, Linear, Split, SplitRows, JoinRows, RmsNorm, Add, AddRmsNorm, Silu, Mul,
+        SiluMul, Cast, RopeGather, RopeDynamic, Rope, KvWrite, Attention, SelectOutputs,
         Bias, Penalize, Temperature, TopK, TopP, MinP, Draw, Argmax,
     ],
     [],

@@ -11,6 +11,7 @@ from xdsl.dialects.builtin import (
     SymbolNameConstraint,
     SymbolRefAttr,
     TensorType,
+    UnitAttr,
 )
 from xdsl.ir import Dialect
 from xdsl.irdl import (
@@ -74,12 +75,41 @@ class Load(SageOp):
 
 @irdl_op_definition
 class Tensor(SageOp):
-    """A tensor of the checkpoint. `{layer}` and `{layer+1}` stand for numbers; `last` is its name in the last layer."""
+    """A tensor of the checkpoint. `{layer}` and `{layer+1}` stand for numbers; `last` is its name in the last layer.
+
+    With `parts`, each rank reads one of so many equal parts along `dim`: of N ranks, rank r reads part r * parts / N,
+    rounded down. With `once`, rank 0 reads it and others have zeros: it is added once to a sum over the ranks.
+    """
 
     name = "weights.tensor"
     source = prop_def(StringAttr)
     last = opt_prop_def(StringAttr)
+    dim = opt_prop_def(IntegerAttr)
+    parts = opt_prop_def(IntegerAttr)
+    once = opt_prop_def(UnitAttr)
     result = result_def(TensorType)
+
+    @property
+    def cut(self) -> tuple[int, int] | None:
+        """(dim, parts) where ranks read parts."""
+        if self.dim is None or self.parts is None:
+            return None
+        return self.dim.value.data, self.parts.value.data
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """Its shape in the checkpoint."""
+        shape = list(shape_of(self.result.type))
+        if self.cut is not None:
+            dim, parts = self.cut
+            shape[dim] *= parts
+        return tuple(shape)
+
+    def verify_(self) -> None:
+        if (self.dim is None) != (self.parts is None):
+            raise VerifyException("weights.tensor wants dim and parts, or neither")
+        if self.cut is not None and not 0 <= self.cut[0] < len(shape_of(self.result.type)):
+            raise VerifyException(f"weights.tensor has no dimension {self.cut[0]}")
 
 
 @irdl_op_definition

@@ -6,26 +6,63 @@ import torch
 from torch import Tensor
 
 from sagellm.ir.dialects import comm
-from sagellm.ir.reference.values import ModelScope
+from sagellm.ir.reference.values import ModelScope, dtype_of
+
+Collective = comm.AllReduce | comm.AllGather | comm.ReduceScatter | comm.AllToAll | comm.Start
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:
     return torch.stack([tensor.float() for tensor in tensors]).sum(dim=0).to(tensors[0].dtype)
 
 
-def all_reduce(scope: ModelScope, op: comm.AllReduce, x: Tensor) -> Tensor:
+def all_reduce(scope: ModelScope, op: Collective, x: Tensor) -> Tensor:
     _, tensors = scope.exchange(op.group.data, x)
     return _sum(tensors)
 
 
-def all_gather(scope: ModelScope, op: comm.AllGather, x: Tensor) -> Tensor:
+def all_gather(scope: ModelScope, op: Collective, x: Tensor) -> Tensor:
     _, tensors = scope.exchange(op.group.data, x)
     return torch.cat(tensors, dim=op.dim.value.data)
 
 
-def reduce_scatter(scope: ModelScope, op: comm.ReduceScatter, x: Tensor) -> Tensor:
+def reduce_scatter(scope: ModelScope, op: Collective, x: Tensor) -> Tensor:
     rank, tensors = scope.exchange(op.group.data, x)
     return _sum(tensors).chunk(len(tensors), dim=op.dim.value.data)[rank]
 
 
-MEANINGS = {comm.AllReduce: all_reduce, comm.AllGather: all_gather, comm.ReduceScatter: reduce_scatter}
+def all_to_all(scope: ModelScope, op: Collective, x: Tensor) -> Tensor:
+    rank, tensors = scope.exchange(op.group.data, x)
+    dim = op.dim.value.data
+    return torch.cat([tensor.chunk(len(tensors), dim=dim)[rank] for tensor in tensors], dim=dim)
+
+
+def send(scope: ModelScope, op: comm.Send, x: Tensor) -> tuple:
+    rank, tensors = scope.exchange(op.group.data, x)
+    shift = op.shift.value.data
+    scope.sent.setdefault((op.group.data, shift), []).append(tensors[(rank - shift) % len(tensors)])
+    return ()
+
+
+def recv(scope: ModelScope, op: comm.Recv, like: object) -> Tensor:
+    return scope.sent[op.group.data, op.shift.value.data].pop(0).to(dtype_of(op.result.type, scope.exact))
+
+
+def start(scope: ModelScope, op: comm.Start, x: Tensor) -> Tensor:
+    """What is pending is the result already: no rank can see the time between."""
+    return MEANINGS[comm.COLLECTIVES[op.collective.data]](scope, op, x)
+
+
+def wait(scope: ModelScope, op: comm.Wait, pending: Tensor) -> Tensor:
+    return pending
+
+
+MEANINGS = {
+    comm.AllReduce: all_reduce,
+    comm.AllGather: all_gather,
+    comm.ReduceScatter: reduce_scatter,
+    comm.AllToAll: all_to_all,
+    comm.Send: send,
+    comm.Recv: recv,
+    comm.Start: start,
+    comm.Wait: wait,
+}

@@ -20,6 +20,7 @@ from sagellm.ir.reference import nn as nn_meanings
 from sagellm.ir.reference import weights as weights_meanings
 from sagellm.ir.reference.values import (
     Cache,
+    Exchange,
     LoadScope,
     LogicalRows,
     ModelScope,
@@ -27,6 +28,7 @@ from sagellm.ir.reference.values import (
     StepResult,
     StepScope,
     Weights,
+    alone,
 )
 
 MEANINGS: dict[str, Callable] = {
@@ -37,7 +39,9 @@ MEANINGS: dict[str, Callable] = {
 """Name of an operation -> `(scope, op, *operands)` to its result: nothing, one value, or a tuple."""
 
 
-def evaluate_weights(graph: IRGraph, read: Callable[[str], Tensor], *, exact: bool = False) -> Weights:
+def evaluate_weights(
+    graph: IRGraph, read: Callable[[str], Tensor], *, exact: bool = False, rank: int = 0, ranks: int = 1
+) -> Weights:
     """The runtime weights of each function, per layer. `read` gives a tensor of the checkpoint by name.
 
     exact: bfloat16 and float16 are evaluated as float32, so that no rounding hides or fakes a difference.
@@ -47,7 +51,7 @@ def evaluate_weights(graph: IRGraph, read: Callable[[str], Tensor], *, exact: bo
         first, count = load.first.value.data, load.count.value.data
         result[name] = []
         for layer in range(first, first + count):
-            scope = LoadScope(read, layer, layer == first + count - 1, exact)
+            scope = LoadScope(read, layer, layer == first + count - 1, exact, rank, ranks)
             _run(only_block(load), scope, ())
             result[name].append(scope.stored)
     return result
@@ -62,9 +66,13 @@ def evaluate_model(
     function: str = "model",
     exact: bool = False,
     observe: Observe | None = None,
+    exchange: Exchange = alone,
 ) -> Tensor:
-    """Logits float32 [R, V] of a function of the model graph. Keys and values are appended to `cache`."""
-    return _caller(graph, weights, cache, exact, observe)(function, None, (rows,))[0]
+    """Logits float32 [R, V] of a function of the model graph. Keys and values are appended to `cache`.
+
+    A graph for several ranks is evaluated on each, with its weights and cache: see `ranks.py`.
+    """
+    return _caller(graph, weights, cache, exact, observe, exchange)(function, None, (rows,))[0]
 
 
 def evaluate_step(
@@ -97,7 +105,12 @@ def evaluate_step(
 
 
 def _caller(
-    graph: IRGraph, weights: Weights, cache: Cache, exact: bool, observe: Observe | None
+    graph: IRGraph,
+    weights: Weights,
+    cache: Cache,
+    exact: bool,
+    observe: Observe | None,
+    exchange: Exchange = alone,
 ) -> Callable[[str, int | None, Sequence[Any]], tuple]:
     """`call(function, layer, arguments)`: run a function of the graph with the weights of a layer."""
     functions, loads = graph.functions, graph.loads
@@ -109,7 +122,7 @@ def _caller(
         if name in weights:
             first = loads[name].first.value.data if name in loads else 0
             own = weights[name][0 if layer is None else layer - first]
-        scope = ModelScope(own, layer, cache, call, exact)
+        scope = ModelScope(own, layer, cache, call, exact, exchange)
         return _run(only_block(functions[name]), scope, arguments, observe)
 
     return call

@@ -29,7 +29,13 @@ def repeat(scope: ModelScope, op: nn.Repeat, *arguments) -> tuple:
 
 
 def embedding(scope: ModelScope, op: nn.Embedding, rows: LogicalRows) -> Tensor:
-    return scope.weight(op.weight)[rows.tokens]
+    table, tokens = scope.weight(op.weight), rows.tokens
+    if op.group is None:
+        return table[tokens]
+    rank, _ = scope.exchange(op.group.data, table[:0])
+    mine = tokens - rank * len(table)
+    elsewhere = (mine < 0) | (mine >= len(table))
+    return table[mine.masked_fill(elsewhere, 0)].masked_fill(elsewhere[:, None], 0)
 
 
 def linear(scope: ModelScope, op: nn.Linear, x: Tensor) -> Tensor:
@@ -41,6 +47,15 @@ def linear(scope: ModelScope, op: nn.Linear, x: Tensor) -> Tensor:
 
 def split(scope: ModelScope, op: nn.Split, x: Tensor) -> tuple[Tensor, ...]:
     return torch.split(x, [last_dim(t) for t in op.result_types], dim=-1)
+
+
+def split_rows(scope: ModelScope, op: nn.SplitRows, x: Tensor) -> tuple[Tensor, Tensor]:
+    half = (len(x) + 1) // 2
+    return x[:half], x[half:]
+
+
+def join_rows(scope: ModelScope, op: nn.JoinRows, first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat((first, second))
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -230,6 +245,8 @@ MEANINGS = {
     nn.Embedding: embedding,
     nn.Linear: linear,
     nn.Split: split,
+    nn.SplitRows: split_rows,
+    nn.JoinRows: join_rows,
     nn.RmsNorm: rms_norm,
     nn.Add: add,
     nn.AddRmsNorm: add_rms_norm,

@@ -134,6 +134,9 @@ def dtype_of(type_: Attribute, exact: bool) -> torch.dtype:
     return torch.float32 if exact and dtype.is_floating_point else dtype
 
 
+Exchange = Callable[[str, Tensor], tuple[int, list[Tensor]]]
+
+
 def alone(group: str, x: Tensor) -> tuple[int, list[Tensor]]:
     """The exchange of a group of one rank."""
     return 0, [x]
@@ -150,8 +153,10 @@ class ModelScope:
     call: Callable[[str, int | None, Sequence[Any]], tuple]
     """Call a function of the graph for a layer (None outside of layers)."""
     exact: bool = False
-    exchange: Callable[[str, Tensor], tuple[int, list[Tensor]]] = alone
+    exchange: Exchange = alone
     """This rank's number in a group, and the tensors that all its ranks bring to a collective."""
+    sent: dict[tuple[str, int], list[Tensor]] = field(factory=dict)
+    """(group, shift) -> what came to this rank by `comm.send` and was not received yet."""
 
     @property
     def kv_layer(self) -> int:
@@ -186,6 +191,8 @@ class LoadScope:
     last: bool
     """Is this the last layer of the program?"""
     exact: bool = False
+    rank: int = 0
+    ranks: int = 1
     stored: dict[str, Tensor] = field(factory=dict)
 
 

@@ -22,9 +22,14 @@ def source_name(op: weights.Tensor, layer: int, last: bool) -> str:
 
 def tensor(scope: LoadScope, op: weights.Tensor) -> Tensor:
     name = source_name(op, scope.layer, scope.last)
-    value, shape = scope.read(name), op.result.type.get_shape()
+    value, shape = scope.read(name), op.source_shape
     if tuple(value.shape) != shape:
         raise UserError(f"tensor {name} has shape {list(value.shape)}; accepted: {list(shape)}")
+    if op.cut is not None:
+        dim, parts = op.cut
+        value = value.chunk(parts, dim)[scope.rank * parts // scope.ranks]
+    if op.once is not None and scope.rank != 0:
+        value = torch.zeros_like(value)
     return value.to(dtype_of(op.result.type, scope.exact))
 
 
