@@ -12,7 +12,7 @@ from sagellm.errors import UserError
 from sagellm.ir.dialects import weights
 from sagellm.ir.edit import only_block, operations
 from sagellm.ir.graph import IRGraph, fingerprint
-from sagellm.ir.lower import lower, step_graph
+from sagellm.ir.lower import bucket, lower, step_graph
 from sagellm.models.config import ModelConfig
 from sagellm.models.decoder import build_model, build_sampler
 from sagellm.passes.driver import PassContext, Phase, Pipeline, Remark
@@ -52,9 +52,11 @@ class Compiler:
     pipeline: Pipeline
     dtype: str
     verify: str = "weak"
+    ranks: int = 1
+    """Ranks that run the model together."""
     counts: CacheCounts = field(factory=CacheCounts)
     _steps: dict[tuple, CompiledStep] = field(factory=dict)
-    _models: dict[tuple[str, ...], CompiledModel] = field(factory=dict)
+    _models: dict[tuple[tuple[str, ...], int], CompiledModel] = field(factory=dict)
     _samplers: dict[tuple[str, ...], Program] = field(factory=dict)
 
     def step(self, batch: Batch) -> CompiledStep:
@@ -70,29 +72,33 @@ class Compiler:
         found = self._steps[key] = CompiledStep(emit_step(only_block(graph.step)), remarks)
         return found
 
-    def _context(self) -> PassContext:
-        return PassContext(self.backend.capability, self.backend.costs)
+    def context(self, tokens: int = 0) -> PassContext:
+        """What the passes may know; `tokens` that are forwarded, where they are known."""
+        return PassContext(self.backend.capability, self.backend.costs, self.ranks, tokens)
 
     def compile_step(self, graph: IRGraph, phases: list[Phase] | None = None) -> tuple[IRGraph, list[Remark]]:
         """Run the batch passes over a step's graph, in place."""
-        context = self._context()
+        context = self.context()
         self.pipeline.run(graph, "batch", context, self.verify, phases)
         return graph, context.remarks
 
-    def model(self, kinds: tuple[str, ...]) -> CompiledModel:
-        """The model graph for rows of these kinds; compiled on first use."""
-        found = self._models.get(kinds)
+    def model(self, kinds: tuple[str, ...], tokens: int = 0) -> CompiledModel:
+        """The model graph for rows of these kinds; compiled on first use.
+
+        For several ranks there is one for every power of two of tokens, as what pays depends on the messages' size.
+        """
+        size = bucket(tokens) if self.ranks > 1 else 0
+        found = self._models.get((kinds, size))
         if found is None:
-            found = self._models[kinds] = self.compile_model(
-                build_model(self.config, self.dtype, kinds), kinds
-            )
+            graph = build_model(self.config, self.dtype, kinds)
+            found = self._models[kinds, size] = self.compile_model(graph, kinds, size)
         return found
 
     def compile_model(
-        self, graph: IRGraph, kinds: tuple[str, ...], phases: list[Phase] | None = None
+        self, graph: IRGraph, kinds: tuple[str, ...], tokens: int = 0, phases: list[Phase] | None = None
     ) -> CompiledModel:
         """Run the model passes over a model graph, in place, and emit it."""
-        context = self._context()
+        context = self.context(tokens)
         self.pipeline.run(graph, "model", context, self.verify, phases)
         program = self.backend.emit(graph, f"{self.config.name} {'+'.join(kinds)}")
         return CompiledModel(graph, program, context.remarks)
@@ -102,7 +108,7 @@ class Compiler:
         found = self._samplers.get(stages)
         if found is None:
             graph = build_sampler(self.config.vocab_size, stages)
-            self.pipeline.run(graph, "model", self._context(), self.verify)
+            self.pipeline.run(graph, "model", self.context(), self.verify)
             found = self._samplers[stages] = self.backend.emit(
                 graph, f"sampler {'+'.join(stages) or 'greedy'}"
             )

@@ -45,6 +45,8 @@ class EngineConfig:
     """Type of keys and values, also as fp32, bf16, fp16, fp8; auto takes that of the activations."""
     pipeline: str | None = field(default=None, validator=optional(checks.instance_of(str, "a text")))
     """Passes as text, as name,name{option=value}; empty is none, None is the default pipeline."""
+    tensor_parallel: int = field(default=1, validator=checks.whole())
+    """Ranks, each a process, that the model is divided among."""
     block_size: int = field(default=16, validator=checks.whole())
     """Tokens per KV block."""
     max_sequences: int = field(default=64, validator=checks.whole())

@@ -9,6 +9,10 @@ class QueueFull(UserError):
     """No room for another request now; later there may be."""
 
 
+class RankLost(Exception):
+    """A rank of the engine ended, or the ranks are out of step: the core is lost with it."""
+
+
 def unknown(what: str, value: object, accepted: object) -> UserError:
     """`unknown pass 'foo'; accepted: a, b, c` (accepted may be any iterable of names)."""
     names = accepted if isinstance(accepted, str) else ", ".join(str(name) for name in accepted)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from sagellm.backends.comm import CommBackendProtocol, Gloo
 from sagellm.backends.plan import Program
 from sagellm.ir.graph import IRGraph
 from sagellm.rows import Rows
@@ -61,6 +62,10 @@ class Backend(ABC):
     @abstractmethod
     def make_cache(self, schema: KVCacheSchema, blocks: int) -> KVCache:
         """The KV cache of each layer, in the layout of this backend's kernels. Block 0 is padding."""
+
+    def make_comm(self, port: int, rank: int, ranks: int) -> CommBackendProtocol:
+        """This rank's collectives with the others, which meet at a store on this machine's `port`."""
+        return Gloo(port, rank, ranks)
 
     @abstractmethod
     def upload(self, rows: Rows, block_size: int) -> Any:

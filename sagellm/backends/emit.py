@@ -1,7 +1,8 @@
 """Python source from a model graph: what all backends' code generators share.
 
 A backend gives a table from operation name to a function `(emitter, op) -> expression or lines`. Functions become
-Python functions of their weights `w`, their layer's cache `kv` where they touch it, and their arguments.
+Python functions of their weights `w`, their layer's cache `kv` and the ranks' collectives `comm` where they touch
+them, and their arguments.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import re
 from collections.abc import Callable, Mapping
 
 from xdsl.dialects.builtin import FloatAttr, IntegerAttr, StringAttr
-from xdsl.ir import Attribute, Operation, SSAValue
+from xdsl.ir import Attribute, Block, Operation, SSAValue
 
 from sagellm.backends.plan import Program
 from sagellm.errors import UserError
-from sagellm.ir.attrs import dtype_name, real
-from sagellm.ir.dialects import nn, weights
+from sagellm.ir.attrs import RowsType, dtype_name, last_dim, real
+from sagellm.ir.dialects import comm, nn, weights
 from sagellm.ir.edit import only_block, operations
 from sagellm.ir.graph import IRGraph
 
@@ -35,7 +36,7 @@ class Emitter:
     def __init__(self, table: Mapping[str, Line]):
         self.table = table
         self.names: dict[SSAValue, str] = {}
-        self.taken: set[str] = {"w", "kv", "weights", "cache"}
+        self.taken: set[str] = {"w", "kv", "comm", "weights", "cache"}
         self.lines: list[str] = []
         self.calls = 0
 
@@ -98,15 +99,34 @@ def touches_cache(function: nn.Func) -> bool:
     return any("kv" in (*op.READS, *op.WRITES) for op in operations(only_block(function)))
 
 
+def touches_network(function: nn.Func) -> bool:
+    """Whether it, or a function that it calls, takes part in collectives."""
+    module = function.parent
+    for op in operations(only_block(function)):
+        if "group" in op.properties:
+            return True
+        if isinstance(op, (nn.Call, nn.Repeat)) and module is not None:
+            callee = op.callee.root_reference.data
+            if touches_network(_callee(module, callee)):
+                return True
+    return False
+
+
+def _callee(module: Block, name: str) -> nn.Func:
+    return next(f for f in operations(module) if isinstance(f, nn.Func) and f.sym_name.data == name)
+
+
 def _function(function: nn.Func, emitter: Emitter) -> str:
     block, name = only_block(function), identifier(function.sym_name.data)
     arguments = [emitter.name(argument) for argument in block.args]
+    ranks = ["comm"] if touches_network(function) else []
     whole = any(isinstance(op, (nn.Call, nn.Repeat)) for op in operations(block))
     if whole:
-        signature = ["weights", "cache", *arguments]
+        signature = ["weights", "cache", *ranks, *arguments]
     else:
         sampler = not any("weight" in op.properties for op in operations(block))
-        signature = [*([] if sampler else ["w"]), *(["kv"] if touches_cache(function) else []), *arguments]
+        kv = ["kv"] if touches_cache(function) else []
+        signature = [*([] if sampler else ["w"]), *kv, *ranks, *arguments]
     for op in operations(block):
         match op:
             case nn.Return():
@@ -121,20 +141,19 @@ def _function(function: nn.Func, emitter: Emitter) -> str:
 
 def _call(op: nn.Call | nn.Repeat, caller: nn.Func, emitter: Emitter) -> None:
     callee = op.callee.root_reference.data
-    target = next(
-        f for f in operations(caller.parent) if isinstance(f, nn.Func) and f.sym_name.data == callee
-    )
-    kv = touches_cache(target)
+    assert caller.parent is not None
+    target = _callee(caller.parent, callee)
+    kv, ranks = touches_cache(target), ["comm"] if touches_network(target) else []
     results, name = emitter.names_of(op.results), identifier(callee)
     if isinstance(op, nn.Call):
-        arguments = [f"weights.{name}", *(["cache"] if kv else []), *map(emitter.name, op.operands)]
+        arguments = [f"weights.{name}", *(["cache"] if kv else []), *ranks, *map(emitter.name, op.operands)]
         emitter.lines.append(f"{results} = {name}({', '.join(arguments)})")
         return
     first, count = op.first.value.data, op.count.value.data
     carried = len(op.results)
     start = ", ".join(emitter.name(v) for v in op.operands[:carried])
     rest = [emitter.name(v) for v in op.operands[carried:]]
-    arguments = ["w", *(["kv"] if kv else []), results, *rest]
+    arguments = ["w", *(["kv"] if kv else []), *ranks, results, *rest]
     emitter.lines.append(
         f"{results} = {start}\n"
         f"for w, kv in zip(weights.{name}, cache[{first}:{first + count}]):\n"
@@ -172,6 +191,35 @@ def source_name(op: weights.Tensor) -> str:
     source = op.source.data
     text = f'f"{source}"' if "{" in source else f'"{source}"'
     return text if op.last is None else f'("{op.last.data}" if last else {text})'
+
+
+def read_tensor(op: weights.Tensor) -> str:
+    """The Python expression that reads a checkpoint's tensor, or this rank's part of it."""
+    more = f", dim={op.cut[0]}, parts={op.cut[1]}" if op.cut else ""
+    once = ", once=True" if op.once is not None else ""
+    return f"read({source_name(op)}, {torch_dtype(op.result.type)}{more}{once})"
+
+
+def _collective(e: Emitter, op: Operation) -> str:
+    arguments = [e.name(op.operands[0]), *(["dim={}".format(e.value(op, "dim"))] if "dim" in op.properties else [])]
+    if (kind := e.value(op, "collective")) is not None:
+        return f'comm.start("{kind}", {", ".join(arguments)})'
+    return f"comm.{op.name.removeprefix('comm.')}({', '.join(arguments)})"
+
+
+def _recv(e: Emitter, op: Operation) -> str:
+    (like,), result = op.operands, op.results[0].type
+    rows = f"len({e.name(like)}{'.tokens' if isinstance(like.type, RowsType) else ''})"
+    return f"comm.recv({rows}, {last_dim(result)}, {torch_dtype(result)}, {e.value(op, 'shift')})"
+
+
+COLLECTIVES: dict[str, Line] = {
+    **{f"comm.{kind}": _collective for kind in ("start", *comm.COLLECTIVES)},
+    "comm.wait": lambda e, op: f"{e.name(op.operands[0])}.wait()",
+    "comm.send": lambda e, op: f"comm.send({e.name(op.operands[0])}, {e.value(op, 'shift')})",
+    "comm.recv": _recv,
+}
+"""Calls of a `CommBackendProtocol`, the same for every backend."""
 
 
 def torch_dtype(type_: Attribute) -> str:

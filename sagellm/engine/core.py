@@ -13,15 +13,17 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from sagellm.backends.base import KVCache
 from sagellm.batch import Batch
 from sagellm.compiler import expected_tensors
 from sagellm.config import EngineConfig
 from sagellm.engine.events import LENGTH, NOTHING, REASONS, STOP, Began, Failed, StepEvents, Token
 from sagellm.engine.load import Progress, load_weights
 from sagellm.engine.planner import Planner
+from sagellm.engine.ranks import Ranks, ShardedCache
 from sagellm.engine.record import begin_recording
 from sagellm.engine.stats import Counters, EngineStats, Times
-from sagellm.errors import UserError
+from sagellm.errors import RankLost, UserError
 from sagellm.models.checkpoint import Checkpoint
 from sagellm.runtime import logprobs
 from sagellm.runtime.executor import Executor, StepOutcome
@@ -39,10 +41,15 @@ class EngineCore(Planner):
         self._counted: set[tuple[str, ...]] = set()
         compiled = self.compiler.model(("prefill",))
         expected = expected_tensors(compiled.graph)
+        count = config.tensor_parallel
+        self.ranks = Ranks(self) if count > 1 else None
         self.weights: SimpleNamespace = load_weights(
-            compiled.program, Checkpoint(self.folder), expected, progress
+            compiled.program, Checkpoint(self.folder), expected, progress, ranks=count
         )
-        self.cache = self.backend.make_cache(self.kv_schema, len(self.kv.pool.references))
+        self.cache: KVCache = self.backend.make_cache(self.rank_schema, len(self.kv.pool.references))
+        if self.ranks is not None:
+            self.ranks.await_ready()
+            self.cache = ShardedCache(self.cache, self.ranks, self.kv_schema.num_kv_heads)
         block = self.kv_schema
         parameters = sum(math.prod(shape) for shape in expected.values())
         self.swap = SwapOrRecompute(
@@ -50,18 +57,23 @@ class EngineCore(Planner):
             compute=self.backend.costs.seconds(flops=2 * parameters * block.block_size, dtype=self.dtype),
         )
         self.executor = Executor(
-            self.backend, self.columns, self.kv, self.cache, self.weights, self._function
+            self.backend, self.columns, self.kv, self.cache, self.weights, self._function, self.ranks
         )
 
     def _function(self, name: str, words: tuple[str, ...]) -> Callable:
         """The compiled function of the model graph for these row kinds or sampling stages."""
         if name == "sample":
             return self.compiler.sampler(words)["sample"]
-        compiled = self.compiler.model(words)
+        compiled = self.compiler.model(words, self.executor.forwarded)
         if words not in self._counted:
             self._counted.add(words)
             self.counters.remarks.update((r.pass_name, r.done) for r in compiled.remarks)
         return compiled.program[name]
+
+    def close(self) -> None:
+        """End the other ranks, if there are any."""
+        if self.ranks is not None:
+            self.ranks.close()
 
     @property
     def busy(self) -> bool:
@@ -125,7 +137,7 @@ class EngineCore(Planner):
         """Execute a batch. Where it raises, its halves are tried, so that only those fail that cannot run."""
         try:
             return [(batch, self.execute(batch))], []
-        except UserError:
+        except (UserError, RankLost):
             raise
         except Exception as error:
             self.counters.failed_steps += 1

@@ -11,9 +11,9 @@ from sagellm.engine.planner import Planner
 from sagellm.ir.dialects import batch as b
 from sagellm.ir.edit import only_block
 from sagellm.ir.graph import IRGraph
-from sagellm.ir.lower import lower, step_graph
+from sagellm.ir.lower import bucket, lower, step_graph
 from sagellm.models.decoder import build_model, build_sampler
-from sagellm.passes.driver import PassContext, Phase, Remark
+from sagellm.passes.driver import Phase, Remark
 
 
 @frozen
@@ -31,7 +31,7 @@ class Explanation:
 
 def explain(planner: Planner, batch: Batch, verify: str = "full") -> Explanation:
     """Compile a batch whose passes have decided, keeping every stage. Nothing is executed."""
-    context = PassContext(planner.backend.capability, planner.backend.costs)
+    context = planner.compiler.context(bucket(batch.new_tokens))
     context.remarks.extend(Remark(name, True, "this batch", note) for name, note in batch.notes.items())
     pipeline = planner.pipeline
     step = step_graph(lower(batch, planner.model.vocab_size))

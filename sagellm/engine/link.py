@@ -18,7 +18,7 @@ from attrs import evolve, frozen
 from sagellm.config import EngineConfig
 from sagellm.engine.load import Progress
 from sagellm.engine.wire import pack, unpacker
-from sagellm.errors import UserError
+from sagellm.errors import RankLost, UserError
 from sagellm.schemas import KVCacheSchema
 from sagellm.target import CapabilityDescriptor
 
@@ -89,11 +89,19 @@ class InlineLink(Link):
         self._messages.put(message)
 
     def receive(self) -> list[Message]:
+        try:
+            return self._advance()
+        except RankLost as error:
+            self.core.close()
+            raise CoreLost(str(error)) from error
+
+    def _advance(self) -> list[Message]:
         answers: list[Message] = []
         while not answers:
             while not self._messages.empty() or not self.core.busy:
                 message = self._messages.get()
                 if message is None:
+                    self.core.close()
                     return []
                 answers += self._service.handle(message)
                 if answers and not self.core.busy:

@@ -15,17 +15,29 @@ Progress = Callable[[str, int, int], None]
 
 
 def load_weights(
-    program: Program, checkpoint: Checkpoint, expected: dict, progress: Progress | None = None
+    program: Program,
+    checkpoint: Checkpoint,
+    expected: dict,
+    progress: Progress | None = None,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> SimpleNamespace:
-    """Run the emitted weights program over a checkpoint whose tensors have been checked."""
+    """Run the emitted weights program over a checkpoint whose tensors have been checked; see `weights.tensor`."""
     checkpoint.check(expected)
     done = 0
 
-    def read(name: str, dtype: torch.dtype) -> torch.Tensor:
+    def read(
+        name: str, dtype: torch.dtype, dim: int = 0, parts: int = 1, once: bool = False
+    ) -> torch.Tensor:
         nonlocal done
         done += 1
         if progress:
             progress("weights", done, len(expected))
+        if once and rank:
+            return torch.zeros(expected[name], dtype=dtype)
+        if parts > 1:
+            return checkpoint.read_part(name, dim, rank * parts // ranks, parts).to(dtype)
         return checkpoint.read(name).to(dtype)
 
     with torch.inference_mode():

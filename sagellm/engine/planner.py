@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+from attrs import evolve
 
 from sagellm import backends, passes
 from sagellm.backends.base import Backend
@@ -20,6 +21,7 @@ from sagellm.errors import UserError
 from sagellm.models.config import load_config
 from sagellm.models.hub import resolve
 from sagellm.passes.driver import StepView
+from sagellm.passes.shard import Shard
 from sagellm.runtime.kv import KVManager
 from sagellm.runtime.scheduler import Scheduler
 from sagellm.schemas import KVCacheSchema
@@ -37,8 +39,8 @@ def available_memory() -> int:
 class Planner:
     """Stages admit, decide and lower of a step."""
 
-    def __init__(self, config: EngineConfig, kv_schema: AskedKV = None):
-        """`kv_schema` goes before what the config says of the KV cache."""
+    def __init__(self, config: EngineConfig, kv_schema: AskedKV = None, blocks: int | None = None):
+        """`kv_schema` goes before what the config says of the KV cache; `blocks` before what the memory holds."""
         self.config = config
         self.pipeline = passes.pipeline(config.pipeline)
         self.backend: Backend = backends.load(config.target)
@@ -54,14 +56,21 @@ class Planner:
             head_dim=self.model.head_dim,
         )
         self.kv_schema = resolve_kv_schema(kv_schema, self.backend.capability, default, self.dtype)
-        self.compiler = Compiler(self.model, self.backend, self.pipeline, self.dtype, config.verify)
+        self.rank_schema = evolve(
+            self.kv_schema, num_kv_heads=max(1, self.kv_schema.num_kv_heads // config.tensor_parallel)
+        )
+        """The part of the KV cache that one rank holds."""
+        self._check_ranks()
+        self.compiler = Compiler(
+            self.model, self.backend, self.pipeline, self.dtype, config.verify, config.tensor_parallel
+        )
         self.view = StepView(self.backend.costs)
         self.columns = Columns(config.max_sequences, self._max_length(), self.kv_schema.block_size)
         if self.model.rope.kind == "dynamic":
             self.columns.alike_up_to = self.model.rope.original_max_positions
         self.kv = KVManager(
             self.columns,
-            self._block_count(),
+            self._block_count() if blocks is None else blocks,
             identity=f"{config.model} {self.kv_schema}",
             caching=config.prefix_caching,
             host_slots=int(config.host_kv_gib * 2**30 / self.kv_schema.bytes_per_block),
@@ -77,6 +86,18 @@ class Planner:
         self._numbers = count()
         self._seeds = np.random.default_rng(config.seed)
 
+    def _check_ranks(self) -> None:
+        """That the pipeline divides the model among the ranks there are."""
+        ranks = self.config.tensor_parallel
+        asked = [p.ranks or ranks for p in self.pipeline.passes if isinstance(p, Shard)]
+        if (ranks > 1 and not asked) or any(others != ranks for others in asked):
+            says = f"divides among {asked[0]} ranks" if asked else "has no pass shard"
+            raise UserError(
+                f"tensor_parallel is {ranks} and the pipeline {says}; accepted: shard, before kernel-fusion"
+            )
+        if ranks > 1 and self.config.record:
+            raise UserError(f"record is set and tensor_parallel is {ranks}; accepted: steps of 1 rank")
+
     def _max_length(self) -> int:
         asked, limit = self.config.max_length, self.model.max_positions
         if asked is not None and asked > limit:
@@ -88,11 +109,12 @@ class Planner:
         wanted = self.config.max_sequences * self.columns.max_blocks
         free = available_memory()
         share = int(free * self.config.kv_memory_fraction)
-        blocks = min(wanted, share // self.kv_schema.bytes_per_block)
+        size = self.rank_schema.bytes_per_block * self.config.tensor_parallel
+        blocks = min(wanted, share // size)
         if blocks < 1:
             raise UserError(
                 f"kv_memory_fraction {self.config.kv_memory_fraction} of {free >> 20} MiB free memory holds no KV "
-                f"block of {self.kv_schema.bytes_per_block} bytes; accepted: a larger part or a smaller model"
+                f"block of {size} bytes; accepted: a larger part or a smaller model"
             )
         return blocks + 1
 

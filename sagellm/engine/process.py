@@ -6,40 +6,15 @@ It speaks the messages of `CoreService` over the socket, and ends when the socke
 from __future__ import annotations
 
 import logging
-import select
 import signal
-import socket
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 
 from sagellm.engine.core import EngineCore
-from sagellm.engine.link import CoreInfo, Message
+from sagellm.engine.link import CoreInfo
 from sagellm.engine.service import CoreService
-from sagellm.engine.wire import pack, unpacker
-from sagellm.errors import UserError
-
-
-class Connection:
-    def __init__(self, fd: int):
-        self._socket = socket.socket(fileno=fd)
-        self._unpacker = unpacker()
-
-    def send(self, *message: object) -> None:
-        self._socket.sendall(pack(message))
-
-    def messages(self, *, wait: bool) -> Iterator[Message]:
-        """What has come; with `wait`, at least one. Raises EOFError when the other side is gone."""
-        while True:
-            if wait or select.select([self._socket], [], [], 0)[0]:
-                data = self._socket.recv(2**20)
-                if not data:
-                    raise EOFError
-                self._unpacker.feed(data)
-            some = list(self._unpacker)
-            if some or not wait:
-                yield from some
-                return
+from sagellm.engine.wire import Connection
+from sagellm.errors import RankLost, UserError
 
 
 def serve(connection: Connection) -> None:
@@ -67,7 +42,10 @@ def main() -> None:
     logging.basicConfig(format="sagellm core: %(levelname)s %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(EOFError, ConnectionError):
-        serve(Connection(int(sys.argv[1])))
+        try:
+            serve(Connection(int(sys.argv[1])))
+        except RankLost as error:
+            sys.exit(f"sagellm core: {error}")
 
 
 if __name__ == "__main__":

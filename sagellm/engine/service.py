@@ -18,7 +18,7 @@ from sagellm.batch import Request
 from sagellm.engine.core import EngineCore
 from sagellm.engine.events import NOTHING, Failed, StepEvents
 from sagellm.engine.link import Message
-from sagellm.errors import QueueFull, UserError
+from sagellm.errors import QueueFull, RankLost, UserError
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class CoreService:
         """One step. Should more than single requests fail, all that run or wait do, and the core goes on without."""
         try:
             events = self.core.advance()
+        except RankLost:
+            raise
         except Exception as error:
             log.exception("a step failed as a whole")
             events = self._abandon(f"{type(error).__name__}: {error}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import select
+import socket
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -12,12 +15,13 @@ from sagellm.batch import Request, SamplingParams
 from sagellm.config import EngineConfig
 from sagellm.engine.events import Began, Failed, StepEvents
 from sagellm.engine.stats import EngineStats
+from sagellm.rows import Rows
 from sagellm.schemas import KVCacheSchema
 from sagellm.target import CapabilityDescriptor
 
 CLASSES = {
     kind.__name__: kind
-    for kind in (Began, EngineConfig, EngineStats, Failed, Request, SamplingParams, StepEvents)
+    for kind in (Began, EngineConfig, EngineStats, Failed, Request, Rows, SamplingParams, StepEvents)
 }
 DOCUMENTS = {kind.__name__: kind for kind in (CapabilityDescriptor, KVCacheSchema)}
 """Those that have a document form of their own."""
@@ -32,6 +36,33 @@ def pack(message: tuple[Any, ...]) -> bytes:
 def unpacker() -> msgpack.Unpacker:
     """Feed it bytes as they come; iterate over whole messages."""
     return msgpack.Unpacker(object_hook=_decode, strict_map_key=False, max_buffer_size=LIMIT, raw=False)
+
+
+class Connection:
+    """Messages over a socket."""
+
+    def __init__(self, fd: int):
+        self._socket = socket.socket(fileno=fd)
+        self._unpacker = unpacker()
+
+    def send(self, *message: object) -> None:
+        self._socket.sendall(pack(message))
+
+    def messages(self, *, wait: bool) -> Iterator[list]:
+        """What has come; with `wait`, at least one. Raises EOFError when the other side is gone."""
+        while True:
+            if wait or select.select([self._socket], [], [], 0)[0]:
+                data = self._socket.recv(2**20)
+                if not data:
+                    raise EOFError
+                self._unpacker.feed(data)
+            some = list(self._unpacker)
+            if some or not wait:
+                yield from some
+                return
+
+    def close(self) -> None:
+        self._socket.close()
 
 
 def _encode(value: Any) -> Any:
@@ -54,7 +85,7 @@ def _decode(value: dict) -> Any:
     if kind is None:
         return value
     if kind == "array":
-        return np.frombuffer(value["data"], value["dtype"]).reshape(value["shape"])
+        return np.frombuffer(bytearray(value["data"]), value["dtype"]).reshape(value["shape"])
     if kind in DOCUMENTS:
         return DOCUMENTS[kind].from_dict(value["document"])
     return CLASSES[kind](**value)

@@ -72,6 +72,12 @@ class Checkpoint:
         """The tensor on the CPU, in its own dtype: a view of the mapped file, not to be written to."""
         return self._file(name).get_tensor(name)
 
+    def read_part(self, name: str, dim: int, part: int, parts: int) -> torch.Tensor:
+        """One of `parts` equal parts along `dim`; the others are not read."""
+        found = self._file(name).get_slice(name)
+        size = found.get_shape()[dim] // parts
+        return found[(slice(None),) * dim + (slice(part * size, (part + 1) * size),)]
+
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """UserError unless every expected tensor is there with its shape. Reads no weights."""
         missing = [name for name in expected if not self._holds(name)]

@@ -50,6 +50,8 @@ class PassContext:
     costs: CostModel = field(factory=CostModel)
     ranks: int = 1
     """Ranks that run the model together."""
+    tokens: int = 0
+    """At most so many tokens are forwarded, and more than half of that; 0: any number."""
     remarks: list[Remark] = field(factory=list, eq=False)
 
 

@@ -19,7 +19,7 @@ from sagellm import random
 from sagellm.backends.base import Backend, KVCache
 from sagellm.backends.plan import ExecutionPlan
 from sagellm.batch import Batch, Columns, Phase, Stage
-from sagellm.rows import build_rows
+from sagellm.rows import Rows, build_rows
 from sagellm.runtime.kv import KVManager
 
 
@@ -61,6 +61,8 @@ class Executor:
     cache: KVCache
     weights: Any
     functions: Functions
+    ranks: Any = None
+    """The other ranks that run the model with this one; see `engine/ranks.py`."""
     device_seconds: float = 0.0
     """Spent in model and sampler; whoever reads it sets it back."""
     copies: tuple[int, float] = (0, 0.0)
@@ -68,7 +70,8 @@ class Executor:
     _host: torch.Tensor | None = None
     """Blocks in host memory, [slots, ...] as the cache gives them."""
     _batch: Batch | None = None
-    _forwarded: int = 0
+    _rows: Rows = field(init=False)
+    """Of this step."""
     _prompts: tuple[np.ndarray, np.ndarray] = field(init=False)
     _outcome: StepOutcome | None = None
     _bound: dict[int, tuple[ExecutionPlan, list]] = field(factory=dict)
@@ -91,6 +94,11 @@ class Executor:
         for name in ("evict", "offload", "fetch", "copy"):
             if getattr(self.kv.moves, name):
                 HOST[f"kv.{name}"](self)
+
+    @property
+    def forwarded(self) -> int:
+        """Tokens that go through the model in this step."""
+        return self._rows.forwarded
 
     def _bind(self, plan: ExecutionPlan) -> list:
         found = self._bound.get(id(plan))
@@ -146,7 +154,7 @@ class Executor:
     def rows(self, *arguments: GroupRef | None) -> Any:
         shared = any(group is not None and group.shared for group in arguments)
         rows = build_rows(self._batch, shared=shared)
-        self._forwarded, self._prompts = rows.forwarded, (rows.prompt_rows, rows.prompt_positions)
+        self._rows, self._prompts = rows, (rows.prompt_rows, rows.prompt_positions)
         return self.backend.upload(rows, self.columns.block_size)
 
     def sampling(self, *groups: GroupRef) -> SimpleNamespace | None:
@@ -177,7 +185,11 @@ class Executor:
         )
 
     def forward(self, rows: Any, model: str, kinds: tuple[str, ...]) -> torch.Tensor:
-        return self._timed(self.functions(model, kinds), self.weights, self.cache, rows)
+        function = self.functions(model, kinds)
+        if self.ranks is None:
+            return self._timed(function, self.weights, self.cache, rows)
+        with self.ranks.forwarding(model, kinds, self._rows) as comm:
+            return self._timed(function, self.weights, self.cache, comm, rows)
 
     def sample(
         self, logits: torch.Tensor, how: SimpleNamespace | None, sampler: str, stages: tuple[str, ...]
@@ -201,7 +213,7 @@ class Executor:
             c.context[members] += c.new[members]
         c.tokens[rows, c.length[rows]] = chosen
         c.length[rows] += 1
-        self._outcome = StepOutcome(rows, chosen, self._forwarded, logits, prompt_logits, *self._prompts)
+        self._outcome = StepOutcome(rows, chosen, self.forwarded, logits, prompt_logits, *self._prompts)
 
 
 def biases(c: Columns, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from sagellm.errors import UserError
 from sagellm.ir.check import describe
 from sagellm.ir.dialects import batch as b
 from sagellm.ir.graph import IRGraph
-from sagellm.ir.lower import lower, step_graph
+from sagellm.ir.lower import bucket, lower, step_graph
 from sagellm.ir.reference import (
     Cache,
     LogicalRows,
@@ -79,7 +79,7 @@ def check_pipeline(pipeline: Pipeline, context: PassContext, model: IRGraph, bat
 
 def check_batch(planner: Planner, batch: Batch) -> str:
     """Check all passes of an engine on a batch about which they decided. Gives one line on what was compared."""
-    pipeline, context = planner.pipeline, PassContext(planner.backend.capability, planner.backend.costs)
+    pipeline, context = planner.pipeline, planner.compiler.context(bucket(batch.new_tokens))
     phases = tuple(phase.name.lower() for phase in Phase if len(batch.rows(phase)))
     model = build_model(planner.model, planner.dtype, phases)
     check_model_passes(model, pipeline, context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from xdsl.ir import Operation
 
 from sagellm.backends.cpu import native
-from sagellm.backends.emit import Emitter, Line, literal, source_name, torch_dtype
+from sagellm.backends.emit import COLLECTIVES, Emitter, Line, literal, read_tensor, torch_dtype
 from sagellm.ir.attrs import dtype_name, last_dim
 
 HEADER = '''\
@@ -52,6 +52,13 @@ def _attention(e: Emitter, op: Operation) -> str:
     return f"cpu.{kernel}_attention({e.name(q)}, kv, {e.name(rows)}, {literal(e.value(op, 'scale'))}{more})"
 
 
+def _embedding(e: Emitter, op: Operation) -> str:
+    rows, table = e.name(op.operands[0]), e.weight(op)
+    if e.value(op, "group") is None:
+        return f"F.embedding({rows}.tokens, {table})"
+    return f"cpu.embedding_part({rows}.tokens, {table}, comm.rank)"
+
+
 def _split(e: Emitter, op: Operation) -> str:
     sizes = [size.value.data for size in op.properties["sizes"].data]
     return f"{e.name(op.operands[0])}.split({sizes}, -1)"
@@ -84,9 +91,11 @@ def _call(text: str) -> Line:
 
 
 KERNELS: dict[str, Line] = {
-    "nn.embedding": _call("F.embedding({0}.tokens, {w})"),
+    "nn.embedding": _embedding,
     "nn.linear": _linear,
     "nn.split": _split,
+    "nn.split_rows": _call("cpu.split_rows({0})"),
+    "nn.join_rows": _call("torch.cat([{0}, {1}])"),
     "nn.rms_norm": _rms_norm,
     "nn.add": _call("{0} + {1}"),
     "nn.add_rms_norm": lambda e, op: (
@@ -112,10 +121,10 @@ KERNELS: dict[str, Line] = {
     "nn.top_p": _call("sampling.top_p({0}, {1}.top_p)"),
     "nn.min_p": _call("sampling.min_p({0}, {1}.min_p)"),
     "nn.draw": _call("sampling.draw({0}, {1}.uniform, {1}.greedy)"),
-}
+} | COLLECTIVES
 
 LOADS: dict[str, Line] = {
-    "weights.tensor": lambda e, op: f"read({source_name(op)}, {torch_dtype(op.results[0].type)})",
+    "weights.tensor": lambda e, op: read_tensor(op),
     "weights.concat": lambda e, op: f"torch.cat([{e.names_of(op.operands)}])",
     "weights.rope_table": _rope_table,
     "weights.pack": lambda e, op: f"{_module(op)}.pack_{e.value(op, 'layout')}({e.name(op.operands[0])})",

@@ -11,12 +11,25 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
 from sagellm.backends.cpu.memory import bound_primitive_caches, huge_pages
 from sagellm.config import KVCacheSchema
 
 bound_primitive_caches()
+
+
+def embedding_part(tokens: Tensor, table: Tensor, rank: int) -> Tensor:
+    """[T] tokens to [T, N]; the table is the rank's part of the vocabulary, other tokens give zeros."""
+    mine = tokens - rank * len(table)
+    elsewhere = (mine < 0) | (mine >= len(table))
+    return embedding(mine.masked_fill(elsewhere, 0), table).masked_fill_(elsewhere[:, None], 0)
+
+
+def split_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The first half of the rows, rounded up, and the rest."""
+    half = (len(x) + 1) // 2
+    return x[:half], x[half:]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
