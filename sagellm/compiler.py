@@ -16,6 +16,7 @@ from sagellm.ir.lower import bucket, lower, step_graph
 from sagellm.models.config import ModelConfig
 from sagellm.models.decoder import build_model, build_sampler
 from sagellm.passes.driver import PassContext, Phase, Pipeline, Remark
+from sagellm.topology import TOPOLOGIES, Topology
 
 
 @define
@@ -54,6 +55,7 @@ class Compiler:
     verify: str = "weak"
     ranks: int = 1
     """Ranks that run the model together."""
+    topology: Topology = TOPOLOGIES["gloo"]
     counts: CacheCounts = field(factory=CacheCounts)
     _steps: dict[tuple, CompiledStep] = field(factory=dict)
     _models: dict[tuple[tuple[str, ...], int], CompiledModel] = field(factory=dict)
@@ -74,7 +76,7 @@ class Compiler:
 
     def context(self, tokens: int = 0) -> PassContext:
         """What the passes may know; `tokens` that are forwarded, where they are known."""
-        return PassContext(self.backend.capability, self.backend.costs, self.ranks, tokens)
+        return PassContext(self.backend.capability, self.backend.costs, self.ranks, self.topology, tokens)
 
     def compile_step(self, graph: IRGraph, phases: list[Phase] | None = None) -> tuple[IRGraph, list[Remark]]:
         """Run the batch passes over a step's graph, in place."""

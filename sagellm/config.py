@@ -18,6 +18,7 @@ from sagellm.documents import parse_yaml, read, unknown_key
 from sagellm.errors import UserError, unknown
 from sagellm.schemas import DTYPE_BYTES, FLOATS, KVCacheSchema, full_name
 from sagellm.target import CapabilityDescriptor
+from sagellm.topology import TOPOLOGIES
 
 AUTO = "auto"
 ENVIRONMENT = "SAGELLM_"
@@ -47,6 +48,8 @@ class EngineConfig:
     """Passes as text, as name,name{option=value}; empty is none, None is the default pipeline."""
     tensor_parallel: int = field(default=1, validator=checks.whole())
     """Ranks, each a process, that the model is divided among."""
+    topology: str = field(default=AUTO, validator=checks.one_of((AUTO, *TOPOLOGIES)))
+    """How the ranks' devices are joined, for predictions; auto is as the backend has it."""
     block_size: int = field(default=16, validator=checks.whole())
     """Tokens per KV block."""
     max_sequences: int = field(default=64, validator=checks.whole())

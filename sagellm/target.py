@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from attrs.validators import optional
 
 from sagellm import checks
@@ -45,6 +45,11 @@ class CostModel:
         """Of `calls` calls that together do so many operations and move so many bytes."""
         slowest = min(self.flops.values())
         return max(flops / self.flops.get(dtype, slowest), moved / self.bytes_per_second) + calls * self.call
+
+    def part(self, ranks: int) -> CostModel:
+        """Of one rank, where so many share the device."""
+        flops = {dtype: value / ranks for dtype, value in self.flops.items()}
+        return evolve(self, flops=flops, bytes_per_second=self.bytes_per_second / ranks)
 
     def product(self, rows: int, inputs: int, outputs: int, dtype: str) -> float:
         """Seconds of [rows, inputs] times [inputs, outputs], the matrix read from memory."""

@@ -14,6 +14,7 @@ from sagellm.ir.graph import IRGraph
 from sagellm.rows import Rows
 from sagellm.schemas import KVCacheSchema
 from sagellm.target import CapabilityDescriptor, CostModel
+from sagellm.topology import TOPOLOGIES, Topology
 
 
 class KVCache(Protocol):
@@ -54,6 +55,11 @@ class Backend(ABC):
     def costs(self) -> CostModel:
         """What work takes on its device."""
         return CostModel()
+
+    @property
+    def topology(self) -> Topology:
+        """How the devices of several ranks are joined."""
+        return TOPOLOGIES["gloo"]
 
     @abstractmethod
     def emit(self, graph: IRGraph, name: str) -> Program:

@@ -33,13 +33,15 @@ MODEL = (
     click.option("--pipeline", "-p", help="Passes, as name,name{option=value}; '' for none."),
     click.option("--tensor-parallel", "--tp", "tensor_parallel", type=int,
                  help="Ranks that the model is divided among.  [default: 1]"),  # fmt: skip
+    click.option("--topology", help="How the ranks are joined, for predictions: auto, gloo, hccs, pcie."),
     click.option("--block-size", type=int, help="Tokens per KV block.  [default: 16]"),
     click.option("--max-batched-tokens", type=int, help="Tokens of one step.  [default: 2048]"),
     click.option("--max-length", type=int, help="Longest sequence; default: the model's context."),
 )
 """Settings of an engine. What is not given is None here: the file or `EngineConfig` says it."""
 MODEL_NAMES = (
-    "config", "model", "target", "dtype", "kv_dtype", "pipeline", "tensor_parallel", "block_size", "max_batched_tokens", "max_length",
+    "config", "model", "target", "dtype", "kv_dtype", "pipeline", "tensor_parallel", "topology",
+    "block_size", "max_batched_tokens", "max_length",
 )  # fmt: skip
 
 SAMPLING = (

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from attrs import evolve
 
-from sagellm import backends, passes
+from sagellm import backends, passes, topology
 from sagellm.backends.base import Backend
 from sagellm.batch import Batch, Columns, Request
 from sagellm.compiler import Compiler
@@ -62,7 +62,13 @@ class Planner:
         """The part of the KV cache that one rank holds."""
         self._check_ranks()
         self.compiler = Compiler(
-            self.model, self.backend, self.pipeline, self.dtype, config.verify, config.tensor_parallel
+            self.model,
+            self.backend,
+            self.pipeline,
+            self.dtype,
+            config.verify,
+            config.tensor_parallel,
+            self.backend.topology if config.topology == AUTO else topology.find(config.topology),
         )
         self.view = StepView(self.backend.costs)
         self.columns = Columns(config.max_sequences, self._max_length(), self.kv_schema.block_size)

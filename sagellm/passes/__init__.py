@@ -18,10 +18,11 @@ PASSES = {
     "shard": "sagellm.passes.shard:Shard",
     "kernel-fusion": "sagellm.passes.kernel_fusion:KernelFusion",
     "pack-weights": "sagellm.passes.pack_weights:PackWeights",
+    "comm-compute-overlap": "sagellm.passes.comm_compute_overlap:CommComputeOverlap",
     "cleanup": "sagellm.passes.cleanup:Cleanup",
 }
 
-DEFAULT = "prefix-dedup,shard,cleanup,kernel-fusion,pack-weights"
+DEFAULT = "prefix-dedup,shard,cleanup,kernel-fusion,pack-weights,comm-compute-overlap"
 
 
 def _load(path: str) -> type[Pass]:

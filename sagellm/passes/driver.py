@@ -24,6 +24,7 @@ from sagellm.ir.check import describe
 from sagellm.ir.edit import only_block, operations
 from sagellm.ir.graph import IRGraph
 from sagellm.target import CapabilityDescriptor, CostModel
+from sagellm.topology import TOPOLOGIES, Topology
 
 
 @frozen
@@ -50,6 +51,8 @@ class PassContext:
     costs: CostModel = field(factory=CostModel)
     ranks: int = 1
     """Ranks that run the model together."""
+    topology: Topology = TOPOLOGIES["gloo"]
+    """How they are joined."""
     tokens: int = 0
     """At most so many tokens are forwarded, and more than half of that; 0: any number."""
     remarks: list[Remark] = field(factory=list, eq=False)

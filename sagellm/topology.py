@@ -1,0 +1,111 @@
+"""How the ranks' devices are joined, and what a collective takes between them. A leaf: data, each figure with its source.
+
+A message of m bytes over one link takes latency + m / bandwidth (the alpha-beta model). Collectives are those of Thakur,
+Rabenseifner and Gropp 2005: an all-reduce is a reduce-scatter and an all-gather; N ranks do each in N - 1 rounds where
+they form a ring, and in one where every two of them have a link.
+"""
+
+from __future__ import annotations
+
+from attrs import field, frozen
+
+from sagellm import checks
+from sagellm.errors import unknown
+from sagellm.target import CostModel, Figure
+
+WIRINGS = ("mesh", "ring")
+
+PHASES = {"all_reduce": 2, "reduce_scatter": 1, "all_to_all": 1, "all_gather": 1, "send": 1, "recv": 1}
+"""How many times the ranks exchange parts."""
+
+
+@frozen(kw_only=True)
+class Topology:
+    """Equal links between equal devices."""
+
+    name: str = field(validator=checks.text)
+    wiring: str = field(validator=checks.one_of(WIRINGS))
+    """mesh: a link between every two; ring: all share one path, or pass on to a neighbour."""
+    bandwidth: Figure
+    """Bytes a second of one link, each way."""
+    latency: Figure
+    """Seconds until a message that has no bytes is there."""
+    slowdown: Figure
+    """How many times longer computing takes while a collective is under way."""
+    costs: CostModel | None = None
+    """Of the devices; None: those of the backend."""
+    one_device: bool = field(default=False, validator=checks.flag)
+    """The ranks share one device; each has its part of it."""
+
+    def seconds(self, collective: str, size: float, ranks: int) -> float:
+        """Of a collective (a key of PHASES) to which each of `ranks` brings a tensor of `size` bytes."""
+        if ranks < 2:
+            return 0.0
+        whole = collective in ("all_gather", "send", "recv")
+        one_round = self.latency.value + (size if whole else size / ranks) / self.bandwidth.value
+        rounds = 1 if self.wiring == "mesh" or collective in ("send", "recv") else ranks - 1
+        return PHASES[collective] * rounds * one_round
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.wiring}, {self.bandwidth.value / 1e9:.3g} GB/s a link, "
+            f"latency {self.latency.value * 1e6:.3g} us, computing takes {self.slowdown.value:.3g} times as long "
+            "beside it"
+        )
+
+
+def _figure(value: float, unit: str, source: str, verified: bool = False) -> Figure:
+    return Figure(value=value, unit=unit, source=source, verified=verified)
+
+
+ASSUMED = "assumed; not measured"
+
+TOPOLOGIES = {
+    topology.name: topology
+    for topology in (
+        Topology(
+            name="gloo",
+            wiring="ring",
+            bandwidth=_figure(1.0e9, "B/s", "sagellm bench collectives, 2 cores of a Zen 4 server", True),
+            latency=_figure(1.5e-4, "s", "sagellm bench collectives, 2 cores of a Zen 4 server", True),
+            slowdown=_figure(2.0, "times", "assumed: gloo copies and sums on the cores that compute"),
+            one_device=True,
+        ),
+        Topology(
+            name="hccs",
+            wiring="mesh",
+            bandwidth=_figure(
+                2.8e10, "B/s", "Atlas 800T A2: 392 GB/s a processor, over 7 links, both ways; data sheet"
+            ),
+            latency=_figure(1e-5, "s", ASSUMED),
+            slowdown=_figure(1.1, "times", ASSUMED),
+            costs=CostModel(
+                flops={"float32": 5e13, "bfloat16": 2e14, "float16": 2e14},
+                bytes_per_second=1.1e12,
+                call=5e-6,
+                source="Ascend 910B-like: 280 TFLOP/s of fp16 by its data sheet, 1.6 TB/s; 70% of both assumed",
+            ),
+        ),
+        Topology(
+            name="pcie",
+            wiring="ring",
+            bandwidth=_figure(
+                2.0e10, "B/s", "PCIe 4.0 x16: 31.5 GB/s each way by its standard, of which 20 assumed"
+            ),
+            latency=_figure(1.5e-5, "s", ASSUMED),
+            slowdown=_figure(1.1, "times", ASSUMED),
+            costs=CostModel(
+                flops={"float32": 1e14, "bfloat16": 2.2e14, "float16": 2.2e14},
+                bytes_per_second=1.3e12,
+                call=5e-6,
+                source="A100-like: 312 TFLOP/s of bf16, 1.94 TB/s by its data sheet; 70% of both assumed",
+            ),
+        ),
+    )
+}
+
+
+def find(name: str) -> Topology:
+    if name not in TOPOLOGIES:
+        raise unknown("topology", name, TOPOLOGIES)
+    return TOPOLOGIES[name]
