@@ -66,8 +66,8 @@ TOPOLOGIES = {
         Topology(
             name="gloo",
             wiring="ring",
-            bandwidth=_figure(1.0e9, "B/s", "sagellm bench collectives, 2 cores of a Zen 4 server", True),
-            latency=_figure(1.5e-4, "s", "sagellm bench collectives, 2 cores of a Zen 4 server", True),
+            bandwidth=_figure(7e8, "B/s", "sagellm bench collectives, 2 cores of a Zen 4 server", True),
+            latency=_figure(2.5e-4, "s", "sagellm bench collectives, 2 cores of a Zen 4 server", True),
             slowdown=_figure(2.0, "times", "assumed: gloo copies and sums on the cores that compute"),
             one_device=True,
         ),

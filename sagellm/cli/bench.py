@@ -40,7 +40,11 @@ JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON, one line a result, with all figures."
 )
 SEED = click.option("--seed", type=int, default=0, help="Of lengths, tokens and arrival times.")
-ELSEWHERE = {"kv": "sagellm.cli.bench_kv:kv"}
+ELSEWHERE = {
+    "kv": "sagellm.cli.bench_kv:kv",
+    "overlap": "sagellm.cli.bench_ranks:overlap",
+    "collectives": "sagellm.cli.bench_ranks:collectives",
+}
 """Sub-commands with a module of their own."""
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from sagellm.batch import Request, SamplingParams
+from sagellm.cli import timeline
 from sagellm.cli.options import MODEL, MODEL_NAMES, engine_config, options, read_lines, read_requests, take
-from sagellm.engine.explain import Explanation, explain
+from sagellm.engine.explain import Explanation, explain, forwarded
 from sagellm.engine.planner import Planner
 from sagellm.engine.record import inputs_path, save_inputs
 from sagellm.engine.tokenizer import Tokenizer
@@ -16,9 +17,10 @@ from sagellm.errors import UserError, unknown
 from sagellm.ir.dialects import weights
 from sagellm.ir.dot import dot
 from sagellm.ir.graph import IRGraph
+from sagellm.ir.timeline import predict
 from sagellm.passes.driver import Remark
 
-EMITS = ("ir", "code", "plan", "weights", "dot")
+EMITS = ("ir", "code", "plan", "weights", "dot", "timeline")
 PHASE_LINE = "// -----// {} //----- //"
 
 
@@ -37,7 +39,7 @@ PHASE_LINE = "// -----// {} //----- //"
 @click.option("--require-pass", multiple=True, help="Fail with status 1 when this pass did nothing.")
 @click.option("--verify", is_flag=True, help="Evaluate the graph before and after each pass and compare.")
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), help="Write one numbered file per phase here."
+    "--output", "-o", type=click.Path(path_type=Path), help="Write one numbered file per phase here; with --emit timeline, the trace as JSON."
 )
 def compile_(**given) -> None:
     """Show what a batch of prompts compiles to: graphs, plan, code, weights program.
@@ -65,7 +67,13 @@ def compile_(**given) -> None:
         planner.submit(Request(f"request-{number}", _ids(planner, prompt), how))
     batch = planner.schedule()
     told = explain(planner, batch)
-    if given["output"]:
+    if emit == "timeline":
+        machine = timeline.machine_of(planner, forwarded(batch), len(batch.output_rows()))
+        click.echo(timeline.as_text(told, machine), nl=False)
+        if given["output"]:
+            timeline.write_trace(given["output"], predict(told.final, machine))
+            click.echo(f"wrote {given['output']}, for chrome://tracing or ui.perfetto.dev")
+    elif given["output"]:
         write(given["output"], told, given["tables"])
         final = given["output"] / f"{len(told.phases):02}-final.mlir"
         save_inputs(inputs_path(final), planner, batch)

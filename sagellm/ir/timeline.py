@@ -49,20 +49,22 @@ class Machine:
     """Rows whose logits are wanted; None: every token's."""
 
     @classmethod
-    def of(cls, costs: CostModel, topology: Topology, ranks: int, tokens: int) -> Machine:
+    def of(
+        cls, costs: CostModel, topology: Topology, ranks: int, tokens: int, outputs: int | None = None
+    ) -> Machine:
         """With the costs of the topology's devices, where it says them; `costs` are the backend's."""
         if topology.costs is not None:
             costs = topology.costs
         elif topology.one_device:
             costs = costs.part(ranks)
-        return cls(costs, topology, ranks, tokens)
+        return cls(costs, topology, ranks, tokens, outputs)
 
     def compute(self, op: Operation, rows: Mapping[SSAValue, int]) -> float:
         """Seconds on the compute lane; `rows` are the values' token counts."""
         match op:
             case comm.Wait() | nn.Return() | nn.Call() | nn.Repeat():
                 return 0.0
-            case comm.Start() | nn.SplitRows():
+            case comm.Start() | nn.SplitRows() | nn.Split():
                 return self.costs.call
             case nn.Linear():
                 return self.costs.product(
@@ -72,8 +74,9 @@ class Machine:
                 width, size = last_dim(op.q.type), DTYPE_BYTES[dtype_name(op.q.type)]
                 tokens = rows[op.result]
                 keys = 2 * op.kv_heads.value.data * op.head_dim.value.data
+                seen = tokens if "prefill" in op.rows.type.data else 1
                 return self.costs.seconds(
-                    flops=2 * tokens * tokens * width,
+                    flops=2 * tokens * seen * width,
                     moved=size * tokens * (2 * width + keys),
                     dtype=dtype_name(op.q.type),
                 )

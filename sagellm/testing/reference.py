@@ -15,6 +15,7 @@ from torch import Tensor
 from xdsl.ir import Operation
 
 from sagellm.batch import Batch, Phase
+from sagellm.engine.explain import forwarded
 from sagellm.errors import UserError
 from sagellm.ir.check import describe
 from sagellm.ir.dialects import batch as b
@@ -79,7 +80,7 @@ def check_pipeline(pipeline: Pipeline, context: PassContext, model: IRGraph, bat
 
 def check_batch(planner: Planner, batch: Batch) -> str:
     """Check all passes of an engine on a batch about which they decided. Gives one line on what was compared."""
-    pipeline, context = planner.pipeline, planner.compiler.context(bucket(batch.new_tokens))
+    pipeline, context = planner.pipeline, planner.compiler.context(bucket(forwarded(batch)))
     phases = tuple(phase.name.lower() for phase in Phase if len(batch.rows(phase)))
     model = build_model(planner.model, planner.dtype, phases)
     check_model_passes(model, pipeline, context)
