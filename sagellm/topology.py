@@ -1,8 +1,8 @@
-"""How the ranks' devices are joined, and what a collective takes between them. A leaf: data, each figure with its source.
+"""How the ranks' devices are joined, and what a collective takes between them. A leaf: figures with their sources.
 
-A message of m bytes over one link takes latency + m / bandwidth (the alpha-beta model). Collectives are those of Thakur,
-Rabenseifner and Gropp 2005: an all-reduce is a reduce-scatter and an all-gather; N ranks do each in N - 1 rounds where
-they form a ring, and in one where every two of them have a link.
+A message of m bytes over one link takes latency + m / bandwidth (the alpha-beta model). Collectives are those of
+Thakur, Rabenseifner and Gropp 2005: an all-reduce is a reduce-scatter and an all-gather; N ranks do each in N - 1
+rounds where they form a ring, and in one where every two of them have a link.
 """
 
 from __future__ import annotations

@@ -201,7 +201,10 @@ def read_tensor(op: weights.Tensor) -> str:
 
 
 def _collective(e: Emitter, op: Operation) -> str:
-    arguments = [e.name(op.operands[0]), *(["dim={}".format(e.value(op, "dim"))] if "dim" in op.properties else [])]
+    arguments = [
+        e.name(op.operands[0]),
+        *(["dim={}".format(e.value(op, "dim"))] if "dim" in op.properties else []),
+    ]
     if (kind := e.value(op, "collective")) is not None:
         return f'comm.start("{kind}", {", ".join(arguments)})'
     return f"comm.{op.name.removeprefix('comm.')}({', '.join(arguments)})"

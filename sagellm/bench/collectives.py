@@ -25,7 +25,9 @@ def measured(ranks: int) -> list[dict]:
     """Median microseconds of an all-reduce of each size, and what the fitted alpha-beta model says."""
     store = open_store(ranks)
     others = [
-        subprocess.Popen([sys.executable, "-m", "sagellm.bench.collectives", str(store.port), str(r), str(ranks)])
+        subprocess.Popen(
+            [sys.executable, "-m", "sagellm.bench.collectives", str(store.port), str(r), str(ranks)]
+        )
         for r in range(1, ranks)
     ]
     try:

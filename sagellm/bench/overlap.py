@@ -18,12 +18,18 @@ TOKENS = {"decode": (1, 64, 256), "prefill": (512, 2048, 8192)}
 def predicted(
     model: ModelConfig, dtype: str, topologies: Sequence[str], ranks: Sequence[int], tokens: dict = TOKENS
 ) -> Iterator[dict]:
-    """One step each: milliseconds without and with the pass, what the pass said of the layers, and the network's part."""
+    """One step each: milliseconds without and with the pass, the network's part, and what the pass said of the layers."""
     for name in topologies:
         for count in ranks:
             compilers = [
                 Compiler(
-                    model, backends.load("null"), passes.pipeline(text), dtype, "weak", count, TOPOLOGIES[name]
+                    model,
+                    backends.load("null"),
+                    passes.pipeline(text),
+                    dtype,
+                    "weak",
+                    count,
+                    TOPOLOGIES[name],
                 )
                 for text in (PIPELINE, f"{PIPELINE},{OVERLAP}")
             ]

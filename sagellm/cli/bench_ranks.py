@@ -39,7 +39,9 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, one lin
 
 
 @click.command()
-@click.option("--model", "-m", help="Folder or hub name; weights are not read.  [default: the shape of Llama-3-8B]")
+@click.option(
+    "--model", "-m", help="Folder or hub name; weights are not read.  [default: the shape of Llama-3-8B]"
+)
 @click.option("--topology", "topologies", type=click.Choice([*TOPOLOGIES]), multiple=True, default=MODELLED,
               show_default=True, help="May be given often.")  # fmt: skip
 @click.option("--ranks", type=click.IntRange(2), multiple=True, default=(2, 4, 8), show_default=True,

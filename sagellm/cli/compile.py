@@ -39,7 +39,10 @@ PHASE_LINE = "// -----// {} //----- //"
 @click.option("--require-pass", multiple=True, help="Fail with status 1 when this pass did nothing.")
 @click.option("--verify", is_flag=True, help="Evaluate the graph before and after each pass and compare.")
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), help="Write one numbered file per phase here; with --emit timeline, the trace as JSON."
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="Write one numbered file per phase here; with --emit timeline, the trace as JSON.",
 )
 def compile_(**given) -> None:
     """Show what a batch of prompts compiles to: graphs, plan, code, weights program.

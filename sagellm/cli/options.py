@@ -31,8 +31,7 @@ MODEL = (
         "--kv-dtype", "--kv-schema", "kv_dtype", help="Type of keys and values, as fp8.  [default: auto]"
     ),
     click.option("--pipeline", "-p", help="Passes, as name,name{option=value}; '' for none."),
-    click.option("--tensor-parallel", "--tp", "tensor_parallel", type=int,
-                 help="Ranks that the model is divided among.  [default: 1]"),  # fmt: skip
+    click.option("--tensor-parallel", type=int, help="Ranks that the model is divided among.  [default: 1]"),
     click.option("--topology", help="How the ranks are joined, for predictions: auto, gloo, hccs, pcie."),
     click.option("--block-size", type=int, help="Tokens per KV block.  [default: 16]"),
     click.option("--max-batched-tokens", type=int, help="Tokens of one step.  [default: 2048]"),

@@ -27,9 +27,7 @@ def load_weights(
     checkpoint.check(expected)
     done = 0
 
-    def read(
-        name: str, dtype: torch.dtype, dim: int = 0, parts: int = 1, once: bool = False
-    ) -> torch.Tensor:
+    def read(name: str, dtype: torch.dtype, dim: int = 0, parts: int = 1, once: bool = False) -> torch.Tensor:
         nonlocal done
         done += 1
         if progress:

@@ -42,7 +42,7 @@ class Planner:
     def __init__(self, config: EngineConfig, kv_schema: AskedKV = None, blocks: int | None = None):
         """`kv_schema` goes before what the config says of the KV cache; `blocks` before what the memory holds."""
         self.config = config
-        self.pipeline = passes.pipeline(config.pipeline)
+        self.pipeline = passes.pipeline(config.pipeline, config.tensor_parallel)
         self.backend: Backend = backends.load(config.target)
         self.folder: Path = resolve(config.model)
         self.model = load_config(self.folder, config.model)

@@ -1,8 +1,8 @@
 """The other ranks of a tensor-parallel engine, each a process: `python -m sagellm.engine.ranks FD`.
 
-The core is rank 0. It decides everything and draws; the others are told what to forward, as resolved columns, and what
-happens to their KV cache, in order, over a socket each. Only collectives go from rank to rank. A rank that is lost takes
-the core with it.
+The core is rank 0. It decides everything and draws; the others are told what to forward, as resolved columns, and
+what happens to their KV cache, in order, over a socket each. Only collectives go from rank to rank. A rank that is
+lost takes the core with it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Ranks:
         self._connections: list[Connection] = []
         processes: list[subprocess.Popen] = []
         self._finalizer = weakref.finalize(self, _end, self._connections, processes)
-        for rank in range(1, self.size):
+        for _ in range(1, self.size):
             ours, theirs = socket.socketpair()
             with theirs:
                 processes.append(

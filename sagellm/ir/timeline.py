@@ -1,7 +1,8 @@
 """What a function of the model graph is predicted to take: each operation on one of two lanes, compute and network.
 
 Operations start in their order. A collective that stands for itself keeps the compute lane waiting; `comm.start` does
-not, and `comm.wait` waits for what is left. Attention counts the step's own tokens: a graph does not know what is cached.
+not, and `comm.wait` waits for what is left. Attention counts the step's own tokens: a graph does not know what is
+cached.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from attrs import define, field, frozen
 from xdsl.dialects.builtin import TensorType
 from xdsl.ir import Block, Operation, SSAValue
 
-from sagellm.ir.attrs import dtype_name, last_dim
+from sagellm.ir.attrs import RowsType, dtype_name, last_dim
 from sagellm.ir.dialects import comm, nn
 from sagellm.ir.edit import only_block, operations
 from sagellm.ir.graph import IRGraph, dependences
@@ -74,7 +75,11 @@ class Machine:
                 width, size = last_dim(op.q.type), DTYPE_BYTES[dtype_name(op.q.type)]
                 tokens = rows[op.result]
                 keys = 2 * op.kv_heads.value.data * op.head_dim.value.data
-                seen = tokens if "prefill" in op.rows.type.data else 1
+                seen = (
+                    1
+                    if isinstance(rows_type := op.rows.type, RowsType) and "prefill" not in rows_type.data
+                    else tokens
+                )
                 return self.costs.seconds(
                     flops=2 * tokens * seen * width,
                     moved=size * tokens * (2 * width + keys),
@@ -167,9 +172,12 @@ def seconds(spans: Iterable[Span]) -> float:
 
 
 def list_schedule(block: Block, machine: Machine, *, network_first: bool = False) -> list[Operation]:
-    """The operations in an order that keeps both lanes busy: of those whose dependences are done, the one that can go on
-    first; what starts a collective before others; then the one with the longest way to the end (Graham 1966, Hu 1961),
-    or with `network_first` the one with the shortest way to a collective."""
+    """The operations in an order that keeps both lanes busy.
+
+    Of those whose dependences are done, the one that can go on first; what starts a collective before others; then the
+    one with the longest way to the end (Graham 1966, Hu 1961), or with `network_first` the one with the shortest way to
+    a collective.
+    """
     graph, rows = dependences(block), machine.rows(block)
     urgent: dict = {}
     for node in reversed(list(networkx.topological_sort(graph))):

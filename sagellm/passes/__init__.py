@@ -22,7 +22,9 @@ PASSES = {
     "cleanup": "sagellm.passes.cleanup:Cleanup",
 }
 
-DEFAULT = "prefix-dedup,shard,cleanup,kernel-fusion,pack-weights,comm-compute-overlap"
+DEFAULT = "prefix-dedup,cleanup,kernel-fusion,pack-weights"
+PARALLEL = f"shard,{DEFAULT},comm-compute-overlap"
+"""The default where a model is divided among several ranks."""
 
 
 def _load(path: str) -> type[Pass]:
@@ -36,8 +38,8 @@ def registry() -> dict[str, Callable[[], type[Pass]]]:
     return found | {name: partial(_load, path) for name, path in PASSES.items()}
 
 
-def pipeline(text: str | None = None) -> Pipeline:
-    """The pipeline that a text describes; None is the default one, an empty text has no passes."""
+def pipeline(text: str | None = None, ranks: int = 1) -> Pipeline:
+    """The pipeline that a text describes; None is the default one for so many ranks, an empty text has no passes."""
     from sagellm.passes.driver import parse
 
-    return parse(DEFAULT if text is None else text, registry)
+    return parse((DEFAULT if ranks == 1 else PARALLEL) if text is None else text, registry)

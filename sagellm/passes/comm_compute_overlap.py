@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import ClassVar, Literal
@@ -63,7 +64,10 @@ class CommComputeOverlap(Pass):
             self._faster(function, found, machines, context)
 
     def _impossible(self, context: PassContext, function: nn.Func, ranks: int, tokens: int) -> str:
-        if missing := {"comm.start", "comm.wait", "nn.split_rows", "nn.join_rows"} - context.capability.kernels:
+        if (
+            missing := {"comm.start", "comm.wait", "nn.split_rows", "nn.join_rows"}
+            - context.capability.kernels
+        ):
             return f"{context.capability.backend} has no {min(missing)}"
         if any(isinstance(op, nn.SelectOutputs) for op in operations(only_block(function))):
             return "how many rows have outputs is not known"
@@ -74,7 +78,7 @@ class CommComputeOverlap(Pass):
         return ""
 
     def _faster(
-        self, function: nn.Func, found: list[Operation], machines: list[Machine], context: PassContext
+        self, function: nn.Func, found: Sequence[Operation], machines: list[Machine], context: PassContext
     ) -> None:
         """Replace the function by the fastest of its variants, if one is faster than it."""
         before = [seconds(simulate(only_block(function), machine)) for machine in machines]
@@ -90,10 +94,9 @@ class CommComputeOverlap(Pass):
         after, halves, best = min(variants, key=lambda variant: variant[0][0])
         machine, where = machines[0], describe(found[0])
         each = machine.network(found[0], machine.rows(only_block(function)))
-        message = (
-            f"{machine.tokens} tokens, {len(found)} x {each * 1e6:.1f} us on {machine.topology.name}: {before[0] * 1e6:.1f} us; "
-            f"{'in two halves' if halves else 'begun early'} {after[0] * 1e6:.1f} us"
-        )
+        what = f"{machine.tokens} tokens, {len(found)} x {each * 1e6:.1f} us on {machine.topology.name}"
+        how = "in two halves" if halves else "begun early"
+        message = f"{what}: {before[0] * 1e6:.1f} us; {how} {after[0] * 1e6:.1f} us"
         gain = min(one - other for one, other in zip(before, after))
         if gain < MARGIN * before[0]:
             self.declined(context, where, message, gain)

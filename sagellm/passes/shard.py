@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,9 +26,9 @@ GROUP = "tp"
 @dataclass(frozen=True)
 class Shard(Pass):
     """Divides every matrix among the ranks, as Megatron-LM does (Shoeybi et al. 2019): q, k, v, gate and up by their
-    outputs, so heads are divided; o and down by their inputs, so their products are summed over the ranks; the embedding
-    and the output projection by the vocabulary. The weights program reads each rank's part alone; norms and rope tables
-    are whole on every rank. With more ranks than KV heads, several ranks hold the same KV head.
+    outputs, so heads are divided; o and down by their inputs, so their products are summed over the ranks; embedding
+    and output projection by the vocabulary. The weights program reads each rank's part alone; norms and rope tables are
+    whole on every rank. With more ranks than KV heads, several ranks hold the same KV head.
 
     Declines where a product is read by an operation that wants all of it, and where there is no weights program.
     It stands before kernel-fusion and pack-weights, and is an error where a size cannot be divided.
@@ -228,7 +229,7 @@ def _acts_on_parts(op: Operation) -> bool:
     return isinstance(op, _ACT_ON_PARTS) or (isinstance(op, nn.RmsNorm) and op.heads is not None)
 
 
-def _results(op: Operation, value: SSAValue) -> list[SSAValue]:
+def _results(op: Operation, value: SSAValue) -> Sequence[SSAValue]:
     """What becomes of a part of `value` in an operation that acts on parts."""
     if isinstance(op, nn.Rope):
         return [op.q_out] * (op.q is value) + [op.k_out] * (op.k is value)

@@ -27,7 +27,9 @@ def _linear(e: Emitter, op: Operation) -> str:
 
 
 STRUCTURE = (nn.Func, nn.Return, nn.Call, nn.Repeat)
-KERNELS: dict[str, Line] = {op.name: _same for op in (*nn.NN.operations, *comm.COMM.operations) if op not in STRUCTURE} | {
+KERNELS: dict[str, Line] = {
+    op.name: _same for op in (*nn.NN.operations, *comm.COMM.operations) if op not in STRUCTURE
+} | {
     "nn.select_outputs": lambda e, op: f"null.select_outputs({e.name(op.operands[1])})",
     "nn.linear": _linear,
     "nn.argmax": lambda e, op: f"null.tokens({e.name(op.operands[0])})",

@@ -1,7 +1,7 @@
 """Collectives between the ranks of one engine. All ranks run one program, so all come to each of them in one order.
 
-N ranks, rank r from 0. A collective stands for itself, or as a pair: `comm.start` brings this rank's tensor, `comm.wait`
-gives the result; what stands between the two runs while the network is busy.
+N ranks, rank r from 0. A collective stands for itself, or as a pair: `comm.start` brings this rank's tensor,
+`comm.wait` gives the result; what stands between the two runs while the network is busy.
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ class Start(_Collective):
     def verify_(self) -> None:
         kind = COLLECTIVES.get(self.collective.data)
         if kind is None:
-            raise VerifyException(
-                f"comm.start of {self.collective.data}; accepted: {', '.join(COLLECTIVES)}"
-            )
+            raise VerifyException(f"comm.start of {self.collective.data}; accepted: {', '.join(COLLECTIVES)}")
         if ("dim" in kind.get_irdl_definition().properties) != (self.dim is not None):
             raise VerifyException(f"comm.start: {self.collective.data} and its dim do not fit")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from xdsl.dialects.builtin import IntegerAttr
 
 from sagellm.ir.dialects import comm
 from sagellm.ir.reference.values import ModelScope, dtype_of
@@ -15,6 +16,12 @@ def _sum(tensors: list[Tensor]) -> Tensor:
     return torch.stack([tensor.float() for tensor in tensors]).sum(dim=0).to(tensors[0].dtype)
 
 
+def _dim(op: Collective) -> int:
+    dim = op.properties["dim"]
+    assert isinstance(dim, IntegerAttr)
+    return dim.value.data
+
+
 def all_reduce(scope: ModelScope, op: Collective, x: Tensor) -> Tensor:
     _, tensors = scope.exchange(op.group.data, x)
     return _sum(tensors)
@@ -22,17 +29,17 @@ def all_reduce(scope: ModelScope, op: Collective, x: Tensor) -> Tensor:
 
 def all_gather(scope: ModelScope, op: Collective, x: Tensor) -> Tensor:
     _, tensors = scope.exchange(op.group.data, x)
-    return torch.cat(tensors, dim=op.dim.value.data)
+    return torch.cat(tensors, dim=_dim(op))
 
 
 def reduce_scatter(scope: ModelScope, op: Collective, x: Tensor) -> Tensor:
     rank, tensors = scope.exchange(op.group.data, x)
-    return _sum(tensors).chunk(len(tensors), dim=op.dim.value.data)[rank]
+    return _sum(tensors).chunk(len(tensors), dim=_dim(op))[rank]
 
 
 def all_to_all(scope: ModelScope, op: Collective, x: Tensor) -> Tensor:
     rank, tensors = scope.exchange(op.group.data, x)
-    dim = op.dim.value.data
+    dim = _dim(op)
     return torch.cat([tensor.chunk(len(tensors), dim=dim)[rank] for tensor in tensors], dim=dim)
 
 

@@ -101,7 +101,10 @@ def shard_cache(cache: Cache, heads: int, ranks: int) -> list[Cache]:
         return x.chunk(parts, dim=1)[rank * parts // ranks]
 
     return [
-        {row: {layer: (part(k, rank), part(v, rank)) for layer, (k, v) in layers.items()} for row, layers in cache.items()}
+        {
+            row: {layer: (part(k, rank), part(v, rank)) for layer, (k, v) in layers.items()}
+            for row, layers in cache.items()
+        }
         for rank in range(ranks)
     ]
 
@@ -115,7 +118,8 @@ def whole_cache(caches: Sequence[Cache], total: int) -> Cache:
 
     return {
         row: {
-            layer: tuple(whole([cache[row][layer][i] for cache in caches]) for i in (0, 1)) for layer in layers
+            layer: tuple(whole([cache[row][layer][i] for cache in caches]) for i in (0, 1))
+            for layer in layers
         }
         for row, layers in caches[0].items()
     }  # type: ignore[misc]
