@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from sagellm.batch import Batch, Columns, Request, SamplingParams
-from sagellm.ir.dialects import NN
+from sagellm.ir.dialects import COMM, NN
 from sagellm.models.config import ROPE_KINDS, ModelConfig, RopeConfig
 from sagellm.passes.driver import PassContext
 from sagellm.rows import aliased_blocks
@@ -36,7 +36,7 @@ def every_kernel() -> PassContext:
         backend="test",
         device="cpu",
         dtypes=("float32", "bfloat16"),
-        kernels=frozenset(op.name for op in NN.operations),
+        kernels=frozenset(op.name for op in (*NN.operations, *COMM.operations)),
         kv_dtypes=("float32", "bfloat16"),
         block_sizes=(16,),
         linear_layouts={"float32": "onednn"},

@@ -18,7 +18,7 @@ TOKENS = {"decode": (1, 64, 256), "prefill": (512, 2048, 8192)}
 def predicted(
     model: ModelConfig, dtype: str, topologies: Sequence[str], ranks: Sequence[int], tokens: dict = TOKENS
 ) -> Iterator[dict]:
-    """One step each: milliseconds without and with the pass, the network's part, and what the pass said of the layers."""
+    """A step each: milliseconds without and with the pass, the network's part, and what the pass said of the layers."""
     for name in topologies:
         for count in ranks:
             compilers = [

@@ -39,7 +39,7 @@ class EngineCore(Planner):
         super().__init__(config)
         self.counters, self.times = Counters(), Times()
         self._counted: set[tuple[str, ...]] = set()
-        compiled = self.compiler.model(("prefill",))
+        compiled = self.rank_program()
         expected = expected_tensors(compiled.graph)
         count = config.tensor_parallel
         self.ranks = Ranks(self) if count > 1 else None

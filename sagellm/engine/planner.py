@@ -15,7 +15,7 @@ from attrs import evolve
 from sagellm import backends, passes, topology
 from sagellm.backends.base import Backend
 from sagellm.batch import Batch, Columns, Request
-from sagellm.compiler import Compiler
+from sagellm.compiler import CompiledModel, Compiler
 from sagellm.config import AUTO, AskedKV, EngineConfig, resolve_kv_schema
 from sagellm.errors import UserError
 from sagellm.models.config import load_config
@@ -103,6 +103,16 @@ class Planner:
             )
         if ranks > 1 and self.config.record:
             raise UserError(f"record is set and tensor_parallel is {ranks}; accepted: steps of 1 rank")
+
+    def rank_program(self) -> CompiledModel:
+        """A model program, by whose weights program a rank loads, once what it caches is what the KV cache holds."""
+        compiled = self.compiler.model(("prefill",))
+        cached, heads = compiled.graph.kv_heads, self.rank_schema.num_kv_heads
+        if self.config.tensor_parallel > 1 and cached != heads:
+            raise UserError(
+                f"pipeline {self.pipeline} leaves {cached} KV heads on each rank; accepted: one that leaves {heads}"
+            )
+        return compiled
 
     def _max_length(self) -> int:
         asked, limit = self.config.max_length, self.model.max_positions

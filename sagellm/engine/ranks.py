@@ -206,7 +206,7 @@ class _Rank:
         self.planner = planner = Planner(config, blocks=blocks)
         connection.send("here", rank)
         self.comm = planner.backend.make_comm(port, rank, config.tensor_parallel)
-        compiled = planner.compiler.model(("prefill",))
+        compiled = planner.rank_program()
         expected = expected_tensors(compiled.graph)
         self.weights = load_weights(
             compiled.program, Checkpoint(planner.folder), expected, rank=rank, ranks=config.tensor_parallel

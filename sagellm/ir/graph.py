@@ -67,6 +67,11 @@ class IRGraph:
         """How many ranks run this together: the most parts that its weights program cuts a tensor into."""
         return max((op.cut[1] for op in self.walk() if isinstance(op, weights.Tensor) and op.cut), default=1)
 
+    @property
+    def kv_heads(self) -> int:
+        """KV heads that one rank caches; 1 where nothing is cached."""
+        return next((op.kv_heads.value.data for op in self.walk() if isinstance(op, nn.Attention)), 1)
+
     def clone(self) -> IRGraph:
         return IRGraph(self.module.clone())
 

@@ -23,6 +23,7 @@ BY_ROW = (
     nn.Linear, nn.RmsNorm, nn.Add, nn.AddRmsNorm, nn.Silu, nn.Mul, nn.SiluMul, nn.Split, nn.Cast, comm.AllReduce,
 )  # fmt: skip
 """Operations that do the same to each token, whatever the others are."""
+NEEDED = {"comm.start", "comm.wait", "nn.split_rows", "nn.join_rows"}
 MARGIN = 0.01
 """Part of a function's time that a gain must be: what is less, a prediction cannot tell."""
 COLLECTIVES = tuple(comm.COLLECTIVES.values())
@@ -64,10 +65,7 @@ class CommComputeOverlap(Pass):
             self._faster(function, found, machines, context)
 
     def _impossible(self, context: PassContext, function: nn.Func, ranks: int, tokens: int) -> str:
-        if (
-            missing := {"comm.start", "comm.wait", "nn.split_rows", "nn.join_rows"}
-            - context.capability.kernels
-        ):
+        if missing := NEEDED - context.capability.kernels:
             return f"{context.capability.backend} has no {min(missing)}"
         if any(isinstance(op, nn.SelectOutputs) for op in operations(only_block(function))):
             return "how many rows have outputs is not known"
@@ -83,13 +81,14 @@ class CommComputeOverlap(Pass):
         """Replace the function by the fastest of its variants, if one is faster than it."""
         before = [seconds(simulate(only_block(function), machine)) for machine in machines]
         variants = []
-        for halves, network_first in product((False, True), repeat=2):
+        fewest = machines[-1].tokens
+        for halves, network_first in product((False, fewest > 1), (False, True)):
             variant = function.clone()
             block = only_block(variant)
             if halves:
-                _halve(block)
-            _begin_early(block)
-            _reorder(block, list_schedule(block, machines[0], network_first=network_first))
+                halve(block)
+            begin_early(block)
+            reorder(block, list_schedule(block, machines[0], network_first=network_first))
             variants.append(([seconds(simulate(block, machine)) for machine in machines], halves, variant))
         after, halves, best = min(variants, key=lambda variant: variant[0][0])
         machine, where = machines[0], describe(found[0])
@@ -106,7 +105,7 @@ class CommComputeOverlap(Pass):
         self.applied(context, where, message, gain)
 
 
-def _halve(block: Block) -> None:
+def halve(block: Block) -> None:
     """Everything that is done token by token and hangs together with a collective is done twice, for half of them."""
     chosen = _around_collectives(block)
     halves: dict[SSAValue, tuple[SSAValue, SSAValue]] = {}
@@ -157,7 +156,7 @@ def _around_collectives(block: Block) -> set[Operation]:
     }
 
 
-def _begin_early(block: Block) -> None:
+def begin_early(block: Block) -> None:
     """Each collective becomes a start and a wait."""
     for op in list(operations(block)):
         if isinstance(op, COLLECTIVES):
@@ -172,7 +171,7 @@ def _begin_early(block: Block) -> None:
             replace(op, [wait.result])
 
 
-def _reorder(block: Block, order: list[Operation]) -> None:
+def reorder(block: Block, order: list[Operation]) -> None:
     for op in order:
         op.detach()
         block.add_op(op)

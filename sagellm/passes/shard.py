@@ -129,6 +129,8 @@ class _Function:
         sinks = _sinks(op.result)
         keys = any(isinstance(sink, nn.KvWrite) for sink in sinks)
         takes = (nn.KvWrite,) if keys else _TAKE_PARTS
+        if any(isinstance(sink, (nn.Split, nn.SiluMul)) for sink in sinks):
+            raise _late(op, name)
         if others := [sink for sink in sinks if not isinstance(sink, takes)]:
             self.shard.declined(self.context, op, f"@{name}: {others[0].name} reads all of its product")
             return
@@ -204,10 +206,7 @@ class _Function:
     def _tensor(self, op: Operation, name: str) -> weights.Tensor:
         made = maker(self.stores[name].x) if name in self.stores else None
         if not isinstance(made, weights.Tensor) or len(users(made.result)) != 1:
-            raise UserError(
-                f"shard: @{name} of {describe(op)} is not a tensor of the checkpoint alone; "
-                "accepted: shard before kernel-fusion and pack-weights"
-            )
+            raise _late(op, name)
         return made
 
     def _cut(self, op: Operation, name: str, dim: int, parts: int) -> None:
@@ -218,6 +217,13 @@ class _Function:
         shape[dim] //= parts
         source.properties |= {"dim": integer(dim), "parts": integer(parts)}
         retype(source.result, tensor(dtype_name(source.result.type), *shape))
+
+
+def _late(op: Operation, name: str) -> UserError:
+    return UserError(
+        f"shard: @{name} of {describe(op)} is joined or packed already; "
+        "accepted: shard before kernel-fusion and pack-weights"
+    )
 
 
 _ACT_ON_PARTS = (nn.Rope, nn.Silu, nn.Mul)

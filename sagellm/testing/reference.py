@@ -28,7 +28,7 @@ from sagellm.ir.reference import (
     evaluate_step,
     evaluate_weights,
 )
-from sagellm.ir.reference.ranks import evaluate_ranks, kv_heads, shard_cache, whole_cache
+from sagellm.ir.reference.ranks import evaluate_ranks, shard_cache, whole_cache
 from sagellm.models.decoder import build_model, build_sampler
 from sagellm.passes import pipeline as pipeline_of
 from sagellm.passes.driver import Pass, PassContext, Pipeline, StepView
@@ -106,7 +106,7 @@ def check_model_passes(
     read = read or random_tensors(graph)
     rows = rows or small_rows(graph)
     start = cache_before(graph, evaluate_weights(graph, read, exact=True), rows)
-    whole = kv_heads(graph)
+    whole = graph.kv_heads
     before = _evaluated(graph, read, rows, start, whole)
     for p in _of_kind(pipeline, "model"):
         graph = _applied(p, graph, context)
@@ -194,7 +194,7 @@ def _evaluated(graph: IRGraph, read: Read, rows: LogicalRows, start: Cache, head
 
     ranks = graph.ranks
     weights = [evaluate_weights(graph, read, exact=True, rank=rank, ranks=ranks) for rank in range(ranks)]
-    caches = shard_cache(start, kv_heads(graph), ranks)
+    caches = shard_cache(start, graph.kv_heads, ranks)
     logits = evaluate_ranks(graph, weights, rows, caches, exact=True, observe=observe)
     if any(not torch.equal(logits[0], other) for other in logits):
         raise UserError("the ranks have different logits")

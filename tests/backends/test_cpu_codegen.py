@@ -1,16 +1,16 @@
 """Every operation of the model graph and of the weights program has code on the CPU."""
 
 from sagellm.backends.cpu.codegen import KERNELS, LOADS
-from sagellm.ir.dialects import NN, WEIGHTS
+from sagellm.ir.dialects import COMM, NN, WEIGHTS
 
 CONTROL = {"nn.func", "nn.return", "nn.call", "nn.repeat", "weights.load", "weights.store"}
 
 
 def test_every_operation_has_a_kernel():
-    names = {op.name for dialect in (NN, WEIGHTS) for op in dialect.operations} - CONTROL
+    names = {op.name for dialect in (NN, COMM, WEIGHTS) for op in dialect.operations} - CONTROL
     assert names == set(KERNELS) | set(LOADS)
 
 
 def test_no_kernel_for_an_operation_that_does_not_exist():
-    known = {op.name for dialect in (NN, WEIGHTS) for op in dialect.operations}
+    known = {op.name for dialect in (NN, COMM, WEIGHTS) for op in dialect.operations}
     assert set(KERNELS) | set(LOADS) <= known

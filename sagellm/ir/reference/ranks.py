@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sagellm.errors import UserError
-from sagellm.ir.dialects import nn
 from sagellm.ir.graph import IRGraph
 from sagellm.ir.reference.evaluate import evaluate_model
 from sagellm.ir.reference.values import Cache, Exchange, LogicalRows, Observe, Weights
@@ -86,11 +85,6 @@ def evaluate_ranks(
             exchange=exchange,
         ),
     )
-
-
-def kv_heads(graph: IRGraph) -> int:
-    """KV heads that one rank caches; 1 where nothing is cached."""
-    return next((op.kv_heads.value.data for op in graph.walk() if isinstance(op, nn.Attention)), 1)
 
 
 def shard_cache(cache: Cache, heads: int, ranks: int) -> list[Cache]:

@@ -21,6 +21,15 @@ builtin.module {
     // CHECK: %x = nn.embedding %rows, @embed_tokens : tensor<?x8xf32>
     // GENERIC: %x = "nn.embedding"(%rows) <{weight = @embed_tokens}> : (!batch.rows<decode, prefill>) -> tensor<?x8xf32>
     %x = nn.embedding %rows, @embed_tokens : tensor<?x8xf32>
+    // CHECK: %part = nn.embedding %rows, @embed_tokens {group = tp} : tensor<?x8xf32>
+    // GENERIC: %part = "nn.embedding"(%rows) <{weight = @embed_tokens, group = "tp"}> : (!batch.rows<decode, prefill>) -> tensor<?x8xf32>
+    %part = nn.embedding %rows, @embed_tokens {group = tp} : tensor<?x8xf32>
+    // CHECK: %a, %b = nn.split_rows %x : tensor<?x8xf32>, tensor<?x8xf32>
+    // GENERIC: %a, %b = "nn.split_rows"(%x) : (tensor<?x8xf32>) -> (tensor<?x8xf32>, tensor<?x8xf32>)
+    %a, %b = nn.split_rows %x : tensor<?x8xf32>, tensor<?x8xf32>
+    // CHECK: %joined = nn.join_rows %a, %b : tensor<?x8xf32>
+    // GENERIC: %joined = "nn.join_rows"(%a, %b) : (tensor<?x8xf32>, tensor<?x8xf32>) -> tensor<?x8xf32>
+    %joined = nn.join_rows %a, %b : tensor<?x8xf32>
     // CHECK: %h = nn.rms_norm %x, @first_norm {eps = 1.0e-06} : tensor<?x8xf32>
     // GENERIC: %h = "nn.rms_norm"(%x) <{weight = @first_norm, eps = 1.000000e-06 : f64}> : (tensor<?x8xf32>) -> tensor<?x8xf32>
     %h = nn.rms_norm %x, @first_norm {eps = 1.0e-06} : tensor<?x8xf32>

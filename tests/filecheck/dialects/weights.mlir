@@ -24,6 +24,12 @@ builtin.module {
     // CHECK: %k_proj = weights.tensor {source = "model.layers.{layer}.k_proj.weight"} : tensor<4x8xf32>
     // GENERIC: %k_proj = "weights.tensor"() <{source = "model.layers.{layer}.k_proj.weight"}> : () -> tensor<4x8xf32>
     %k_proj = weights.tensor {source = "model.layers.{layer}.k_proj.weight"} : tensor<4x8xf32>
+    // CHECK: %o_proj = weights.tensor {dim = 1, parts = 2, source = "model.layers.{layer}.o_proj.weight"} : tensor<8x4xf32>
+    // GENERIC: %o_proj = "weights.tensor"() <{dim = 1 : i64, parts = 2 : i64, source = "model.layers.{layer}.o_proj.weight"}> : () -> tensor<8x4xf32>
+    %o_proj = weights.tensor {dim = 1, parts = 2, source = "model.layers.{layer}.o_proj.weight"} : tensor<8x4xf32>
+    // CHECK: %o_bias = weights.tensor {once, source = "model.layers.{layer}.o_proj.bias"} : tensor<8xf32>
+    // GENERIC: %o_bias = "weights.tensor"() <{once, source = "model.layers.{layer}.o_proj.bias"}> : () -> tensor<8xf32>
+    %o_bias = weights.tensor {once, source = "model.layers.{layer}.o_proj.bias"} : tensor<8xf32>
     // CHECK: %qk_proj = weights.concat %q_proj, %k_proj : tensor<12x8xf32>
     // GENERIC: %qk_proj = "weights.concat"(%q_proj, %k_proj) : (tensor<8x8xf32>, tensor<4x8xf32>) -> tensor<12x8xf32>
     %qk_proj = weights.concat %q_proj, %k_proj : tensor<12x8xf32>
