@@ -43,12 +43,12 @@ class Ranks:
         self.size = planner.config.tensor_parallel
         self._store = open_store(self.size)
         self._connections: list[Connection] = []
-        processes: list[subprocess.Popen] = []
-        self._finalizer = weakref.finalize(self, _end, self._connections, processes)
+        self.processes: list[subprocess.Popen] = []
+        self._finalizer = weakref.finalize(self, _end, self._connections, self.processes)
         for _ in range(1, self.size):
             ours, theirs = socket.socketpair()
             with theirs:
-                processes.append(
+                self.processes.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "sagellm.engine.ranks", str(theirs.fileno())],
                         pass_fds=[theirs.fileno()],
