@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import HealthCheck, settings
@@ -10,8 +11,12 @@ from hypothesis import strategies as st
 
 from sagellm.batch import Batch, Columns, Request, SamplingParams
 from sagellm.ir.dialects import COMM, NN
+from sagellm.ir.edit import only_block
+from sagellm.ir.timeline import Machine, list_schedule
 from sagellm.models.config import ROPE_KINDS, ModelConfig, RopeConfig
-from sagellm.passes.driver import PassContext
+from sagellm.passes import pipeline
+from sagellm.passes.comm_compute_overlap import begin_early, halve, reorder
+from sagellm.passes.driver import Pass, PassContext, Pipeline
 from sagellm.rows import aliased_blocks
 from sagellm.target import CapabilityDescriptor
 
@@ -42,6 +47,29 @@ def every_kernel() -> PassContext:
         linear_layouts={"float32": "onednn"},
     )
     return PassContext(capability)
+
+
+@dataclass(frozen=True)
+class OverlapAlways(Pass):
+    """What comm-compute-overlap does where it pays, done everywhere."""
+
+    network_first: bool = False
+
+    name = "overlap-always"
+    graph = "model"
+
+    def apply(self, graph, context):
+        machine = Machine.of(context.costs, context.topology, context.ranks, 1000)
+        for function in graph.functions.values():
+            block = only_block(function)
+            halve(block)
+            begin_early(block)
+            reorder(block, list_schedule(block, machine, network_first=self.network_first))
+
+
+def with_passes(text: str, *more: Pass) -> Pipeline:
+    """A pipeline, and these passes behind it."""
+    return Pipeline([*pipeline(text).passes, *more])
 
 
 @st.composite

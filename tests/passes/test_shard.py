@@ -1,56 +1,28 @@
 """A model that is divided among ranks computes what it computed whole: every rank's graph evaluated, in lockstep."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import every_kernel, examples, model_configs, small_model
+from strategies import OverlapAlways, every_kernel, examples, model_configs, small_model, with_passes
 
 from sagellm.errors import UserError
 from sagellm.ir.dialects import comm, nn
-from sagellm.ir.edit import only_block
 from sagellm.ir.reference import evaluate_weights
 from sagellm.ir.reference.ranks import on_ranks
-from sagellm.ir.timeline import Machine, list_schedule
 from sagellm.models.decoder import build_model
 from sagellm.passes import PARALLEL, pipeline
-from sagellm.passes.comm_compute_overlap import begin_early, halve, reorder
-from sagellm.passes.driver import Pass, Pipeline, rewrites
+from sagellm.passes.driver import Pass, rewrites
 from sagellm.passes.shard import weight_bytes
 from sagellm.testing.inputs import random_tensors, small_rows
 from sagellm.testing.reference import MeaningChanged, check_model_passes
 from sagellm.topology import TOPOLOGIES
 
-
-@dataclass(frozen=True)
-class OverlapAlways(Pass):
-    """What comm-compute-overlap does where it pays, done everywhere."""
-
-    network_first: bool = False
-
-    name = "overlap-always"
-    graph = "model"
-
-    def apply(self, graph, context):
-        machine = Machine.of(context.costs, context.topology, context.ranks, 1000)
-        for function in graph.functions.values():
-            block = only_block(function)
-            halve(block)
-            begin_early(block)
-            reorder(block, list_schedule(block, machine, network_first=self.network_first))
-
-
-def passes(text, *more):
-    return Pipeline([*pipeline(text).passes, *more])
-
-
 PIPELINES = [
-    passes(PARALLEL),
-    passes("shard,kernel-fusion", OverlapAlways()),
-    passes("shard", OverlapAlways(network_first=True), *pipeline("cleanup").passes),
+    with_passes(PARALLEL),
+    with_passes("shard,kernel-fusion", OverlapAlways()),
+    with_passes("shard", OverlapAlways(network_first=True), *pipeline("cleanup").passes),
 ]
 
 
@@ -100,9 +72,9 @@ def test_overlap_is_tried_by_these_tests():
 def test_a_rank_reads_its_part_and_norms_whole(ranks):
     """Exactly: matrices and their biases in parts, a KV head for each rank at least, the rest on every rank."""
     fields = {"num_heads": 4, "num_kv_heads": 2, "intermediate_size": 8, "qkv_bias": True, "o_bias": True}
-    whole = applied(passes(""), on(1), **fields)
+    whole = applied(with_passes(""), on(1), **fields)
     context = on(ranks)
-    divided = applied(passes("shard"), context, **fields)
+    divided = applied(with_passes("shard"), context, **fields)
     kv_parts = min(ranks, 2)
     layer = 4 * (16 * 8 // ranks + 2 * 8 * 8 // kv_parts + 8 * 16 // ranks + 3 * 8 * 8 // ranks)
     layer += 4 * (16 // ranks + 2 * 8 // kv_parts + 8 + 2 * 8)
@@ -141,7 +113,7 @@ def test_sizes_that_cannot_be_divided_are_one_clear_error(ranks, fields, message
 
 def test_a_second_division_declines():
     context = on(2)
-    graph = applied(passes("shard,shard"), context)
+    graph = applied(with_passes("shard,shard"), context)
     assert graph.ranks == 2
     assert "divided among 2 ranks already" in context.remarks[-1].message
 
@@ -171,7 +143,7 @@ class AddsTheBiasOnEveryRank(Pass):
 @pytest.mark.parametrize("wrong", [ForgetsASum, AddsTheBiasOnEveryRank])
 def test_a_wrong_division_is_caught(wrong):
     graph = build_model(small_model(vocab_size=8, o_bias=True), "float32", ("decode", "prefill"))
-    chosen = passes("shard", wrong())
+    chosen = with_passes("shard", wrong())
     with pytest.raises((MeaningChanged, UserError), match=r"different logits|changed"):
         check_model_passes(graph, chosen, on(2, topology=TOPOLOGIES["hccs"]))
 
