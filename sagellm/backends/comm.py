@@ -78,7 +78,12 @@ def _wait(work: dist.Work) -> None:
     try:
         work.wait()
     except RuntimeError as error:
-        raise RankLost(f"a collective failed: {str(error).splitlines()[0]}") from error
+        raise RankLost(f"a collective failed: {_reason(error)}") from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """What gloo says first; advice follows."""
+    return str(error).splitlines()[0].partition(". ")[0]
 
 
 class Gloo:
@@ -95,14 +100,14 @@ class Gloo:
             store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=timeout)
             self._gloo = dist.ProcessGroupGloo(store, rank, size, options)
         except RuntimeError as error:
-            raise RankLost(f"rank {rank} cannot meet the others: {str(error).splitlines()[0]}") from error
+            raise RankLost(f"rank {rank} cannot meet the others: {_reason(error)}") from error
 
     def start(self, collective: str, x: Tensor, dim: int = 0) -> _Work:
         begin = getattr(self, f"_{collective}")
         try:
             return begin(x, dim)
         except RuntimeError as error:
-            raise RankLost(f"{collective} cannot begin: {str(error).splitlines()[0]}") from error
+            raise RankLost(f"{collective} cannot begin: {_reason(error)}") from error
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self.start("all_reduce", x).wait()

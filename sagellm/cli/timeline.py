@@ -36,13 +36,13 @@ def as_text(told: Explanation, machine: Machine) -> str:
         lines += ["", *_function(part)]
     whole = total(parts)
     hidden = sum(part.count * (part.busy(NETWORK) - part.exposed) for part in parts)
-    lines += ["", f"{'total':<24}{whole * 1e6:12.1f} us"]
+    lines += ["", f"{'total':<30}{whole * 1e6:12.1f} us"]
     if machine.ranks > 1:
         network = sum(part.count * part.busy(NETWORK) for part in parts)
-        lines.append(f"{'network':<24}{network * 1e6:12.1f} us, of which {hidden * 1e6:.1f} are hidden")
+        lines.append(f"{'network':<30}{network * 1e6:12.1f} us, of which {hidden * 1e6:.1f} are hidden")
     if (before := _before_overlap(told)) is not None:
         other = total(predict(before, machine))
-        lines.append(f"{'without ' + OVERLAP:<24}{other * 1e6:8.1f} us ({whole / other - 1:+.1%} with it)")
+        lines.append(f"{'without ' + OVERLAP:<30}{other * 1e6:12.1f} us ({whole / other - 1:+.1%} with it)")
     return "\n".join(lines) + "\n"
 
 

@@ -137,6 +137,8 @@ def replay(path: Path, target: str | None = None, model: str | None = None) -> R
     for op in graph:
         if op is not graph.step:
             functions.add(op.clone())
+    if functions.ranks > 1:
+        raise UserError(f"{path.name} is for {functions.ranks} ranks; accepted: a step of one rank")
     program = backend.emit(functions, f"replay of {path.name}")
     weights = load_weights(program, Checkpoint(folder), expected_tensors(functions))
     columns, batch = _columns(tensors, int(meta["block_size"]))

@@ -18,7 +18,7 @@ from xdsl.ir import Block, Operation, SSAValue
 
 from sagellm.ir.attrs import RowsType, dtype_name, last_dim
 from sagellm.ir.dialects import comm, nn
-from sagellm.ir.edit import only_block, operations
+from sagellm.ir.edit import only_block, operations, users
 from sagellm.ir.graph import IRGraph, dependences
 from sagellm.schemas import DTYPE_BYTES
 from sagellm.target import CostModel
@@ -146,7 +146,7 @@ class _Lanes:
         if network := self.machine.network(op, rows):
             start = max(self.now, self.busy)
             self.busy = start + network
-            yield Span(NETWORK, _label(op), start, self.busy)
+            yield Span(NETWORK, _network_label(op), start, self.busy)
             if isinstance(op, comm.Start):
                 self.ends[op.result] = self.busy
             else:
@@ -158,6 +158,15 @@ class _Lanes:
 def _label(op: Operation) -> str:
     names = ", ".join(f"%{result.name_hint}" for result in op.results if result.name_hint)
     return f"{names} = {op.name}" if names else op.name
+
+
+def _network_label(op: Operation) -> str:
+    """A collective that was begun is called as if it stood for itself, by the name of what its wait gives."""
+    if not isinstance(op, comm.Start):
+        return _label(op)
+    waits = [user for user in users(op.result) if isinstance(user, comm.Wait)]
+    name = waits[0].result.name_hint if waits else None
+    return f"{f'%{name} = ' if name else ''}comm.{op.collective.data}"
 
 
 def simulate(block: Block, machine: Machine) -> list[Span]:
