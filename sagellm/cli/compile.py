@@ -142,6 +142,6 @@ def _require(name: str, remarks: list[Remark]) -> None:
 
 
 def _verify(planner: Planner, batch) -> None:
-    from sagellm.testing.reference import check_batch
+    from sagellm.meaning.check import check_batch
 
     click.echo(check_batch(planner, batch))

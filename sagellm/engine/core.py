@@ -148,9 +148,22 @@ class EngineCore(Planner):
             failed += lost
         return results, failed
 
+    def _check_passes(self, batch: Batch) -> None:
+        """Do the passes keep what this batch means? Reported, not raised: the batch runs all the same."""
+        from sagellm.meaning.check import MeaningChanged, check_batch
+
+        try:
+            check_batch(self, batch)
+            self.counters.checked["equal"] += 1
+        except MeaningChanged as error:
+            self.counters.checked["different"] += 1
+            log.error("step %d: %s", self.counters.steps, error)
+
     def execute(self, batch: Batch) -> StepOutcome:
         """Stages lower, execute and commit."""
         finish = None
+        if self.config.check_passes and self.counters.steps % self.config.check_passes == 0:
+            self._check_passes(batch)
         if self.config.record:
             self.executor.move()
             finish = begin_recording(self, batch)
@@ -223,6 +236,7 @@ class EngineCore(Planner):
             refused=scheduler.counts.refused,
             finished=dict(count.finished),
             failed_steps=count.failed_steps,
+            checked=dict(count.checked),
             plan_hits=self.compiler.counts.hits,
             plan_misses=self.compiler.counts.misses,
             remarks={

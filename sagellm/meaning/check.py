@@ -28,10 +28,7 @@ from sagellm.ir.reference import (
     evaluate_step,
     evaluate_weights,
 )
-from sagellm.models.decoder import build_model, build_sampler
-from sagellm.passes import pipeline as pipeline_of
-from sagellm.passes.driver import Pass, PassContext, Pipeline, StepView
-from sagellm.testing.inputs import (
+from sagellm.meaning.inputs import (
     Read,
     cache_before,
     context_cache,
@@ -40,6 +37,9 @@ from sagellm.testing.inputs import (
     small_rows,
     vocab_size,
 )
+from sagellm.models.decoder import build_model, build_sampler
+from sagellm.passes import pipeline as pipeline_of
+from sagellm.passes.driver import Pass, PassContext, Pipeline, StepView
 
 if TYPE_CHECKING:
     from sagellm.engine.planner import Planner
