@@ -15,7 +15,6 @@ from sagellm.rows import Rows
 from sagellm.schemas import KVCacheSchema
 from sagellm.target import CapabilityDescriptor, CostModel
 
-
 WITH_AVX512 = CostModel(
     flops={"float32": 1.3e11, "bfloat16": 2.5e11, "float16": 5e10},
     bytes_per_second=3.1e10,
