@@ -24,6 +24,7 @@ from sagellm.ports import SagePorts
 )
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with one key a line.")
 @click.option("--served-model-name", help="What clients call the model.")
+@click.option("--tool-call-parser", help="hermes, llama or deepseek.  [default: by the chat template]")
 @click.option("--max-model-len", type=int, help="The same as --max-length.")
 @click.option("--max-sequences", type=int, help="Sequences that run at once.  [default: 64]")
 @click.option("--max-body-bytes", type=int, default=8 * 2**20, help="Larger requests get 413.")
@@ -37,6 +38,7 @@ def serve(
     api_key: tuple[str, ...],
     api_key_file: Path | None,
     served_model_name: str | None,
+    tool_call_parser: str | None,
     max_model_len: int | None,
     max_body_bytes: int,
     drain_seconds: float,
@@ -59,6 +61,7 @@ def serve(
         port=SagePorts.load(os.environ).serve if port is None else port,
         api_keys=(*api_key, *_keys(api_key_file)),
         served_model_name=served_model_name,
+        tool_call_parser=tool_call_parser,
         max_body_bytes=max_body_bytes,
         drain_seconds=drain_seconds,
     )

@@ -151,6 +151,11 @@ class Tokenizer:
         variables |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         return _render(self._template(tools), variables)
 
+    @property
+    def chat_template(self) -> str:
+        """The source of all its templates; empty if there is none."""
+        return "\n".join(self._templates.values())
+
     def _template(self, tools: list | None) -> jinja2.Template:
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         if name not in self._templates:

@@ -14,6 +14,7 @@ from sagellm.engine.tokenizer import Tokenizer
 from sagellm.errors import UserError
 from sagellm.server.config import ServerConfig
 from sagellm.server.errors import APIError
+from sagellm.server.parsing import form_of
 from sagellm.server.sampling import Defaults
 
 
@@ -59,6 +60,11 @@ class ServerState:
         if self.config.served_model_name is not None:
             return self.config.served_model_name
         return self.engine.model_id if self.engine is not None else ""
+
+    @property
+    def tool_form(self) -> str | None:
+        """How the model marks calls of tools."""
+        return self.config.tool_call_parser or form_of(self.tokenizer().chat_template)
 
     def serving(self, model: str | None) -> SageLLMEngine:
         """The engine, for a request that names this model."""

@@ -94,10 +94,36 @@ class TextPart(Strict):
     text: Text
 
 
+class FunctionCall(Strict):
+    name: Name
+    arguments: Text
+
+
+class ToolCall(Strict):
+    id: Name
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Function(Strict):
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(max_length=1024)] | None = None
     name: Name | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: Name | None = None
+    reasoning_content: Text | None = None
     refusal: Refused = None
     audio: Refused = None
     function_call: Refused = None
@@ -129,8 +155,8 @@ class ChatRequest(Sampling):
     web_search_options: Refused = None
     functions: Refused = None
     function_call: Refused = None
-    tools: Refused = None
-    tool_choice: Refused = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: Refused = None
     reasoning_effort: Refused = None
@@ -139,6 +165,8 @@ class ChatRequest(Sampling):
     def _check(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: accepted: only with logprobs")
+        if self.tool_choice == "auto" and not self.tools:
+            raise ValueError("tool_choice: accepted: only with tools")
         return self
 
 
