@@ -328,6 +328,11 @@ class Batch:
         """Tokens that this step brings into the cache."""
         return len(self.decode) + int(self.columns.new[self.prefill].sum())
 
+    @property
+    def forwarded(self) -> int:
+        """Tokens that go through the model, as the passes decided."""
+        return self.new_tokens - int(self.columns.shared[self.prefill].sum())
+
     def table(self, phase: Phase) -> dict[str, np.ndarray]:
         """The group's values as a dump shows them."""
         rows, c = self.rows(phase), self.columns

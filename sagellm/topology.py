@@ -66,8 +66,8 @@ TOPOLOGIES = {
         Topology(
             name="gloo",
             wiring="ring",
-            bandwidth=_figure(7e8, "B/s", "sagellm bench collectives, 2 cores of a Zen 4 server", True),
-            latency=_figure(2.5e-4, "s", "sagellm bench collectives, 2 cores of a Zen 4 server", True),
+            bandwidth=_figure(7e8, "B/s", "sagellm bench collectives, 2 cores of a Zen 3 server", True),
+            latency=_figure(2.5e-4, "s", "sagellm bench collectives, 2 cores of a Zen 3 server", True),
             slowdown=_figure(2.0, "times", "assumed: gloo copies and sums on the cores that compute"),
             one_device=True,
         ),
@@ -75,7 +75,7 @@ TOPOLOGIES = {
             name="hccs",
             wiring="mesh",
             bandwidth=_figure(
-                2.8e10, "B/s", "Atlas 800T A2: 392 GB/s a processor, over 7 links, both ways; data sheet"
+                2.8e10, "B/s", "published for Atlas 800T A2, not confirmed: 392 GB/s a processor, 7 links, both ways"
             ),
             latency=_figure(1e-5, "s", ASSUMED),
             slowdown=_figure(1.1, "times", ASSUMED),
@@ -83,7 +83,7 @@ TOPOLOGIES = {
                 flops={"float32": 5e13, "bfloat16": 2e14, "float16": 2e14},
                 bytes_per_second=1.1e12,
                 call=5e-6,
-                source="Ascend 910B-like: 280 TFLOP/s of fp16 by its data sheet, 1.6 TB/s; 70% of both assumed",
+                source="Ascend 910B-like: 280 TFLOP/s of fp16 (ai.gitee.com), 1.6 TB/s (not confirmed); 70% of both assumed",
             ),
         ),
         Topology(

@@ -166,7 +166,9 @@ def test_variables_of_other_tools_are_ignored():
 def test_an_unknown_setting_lists_all_and_names_the_nearest(written):
     file = written("block_sise: 16")
     line = refused(file, {})
-    assert line.startswith(f"unknown setting in {file} 'block_sise'; accepted: block_size, core, ")
+    assert line.startswith(
+        f"unknown setting in {file} 'block_sise'; accepted: block_size, check_passes, core, "
+    )
     assert line.endswith("verify; did you mean block_size?")
     assert refused(None, {}, max_squences=3).endswith("did you mean max_sequences?")
     assert refused({7: 1}, {}).startswith("unknown setting in config '7'; accepted: block_size, ")

@@ -2,7 +2,6 @@
 
     python tools/bench.py decode                    # built-in model and a random one of 0.5B shape
     python tools/bench.py decode --shape 0.5b --dtype float32 --batch 16
-    python tools/bench.py host                      # the engine's own work a step, on a device that computes nothing
 
 Needs transformers (`pip install sagellm[test]`). A 0.5B model of random weights is written to a temporary folder.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -155,49 +153,6 @@ def decode(shape, dtypes, batches, tokens: int, pairs: int, as_json: bool) -> No
                         f"{name:<9}{dtype:<10}{batch:>5}{got['sagellm']:>15.1f}{got['transformers']:>14.1f}"
                         f"{got['ratio']:>7.2f}  pairs {got['ratios']}"
                     )
-
-
-@main.command()
-@click.option("--rows", multiple=True, type=int, default=(256, 1024), help="Sequences that decode.")
-@click.option("--steps", type=int, default=200)
-def host(rows, steps: int) -> None:
-    """Microseconds and Python calls of a steady decode step on the null backend, and how often its plan was there."""
-    click.echo(f"{'rows':>5}{'median us':>11}{'best us':>9}{'calls':>7}{'plan cache':>12}")
-    for count in rows:
-        settings = {"max_sequences": count, "max_batched_tokens": 8192, "max_length": steps + 64}
-        core = EngineCore(EngineConfig(model="builtin", target="null", **settings))
-        how = SamplingParams(max_tokens=steps + 50, ignore_eos=True)
-        for i in range(count):
-            core.submit(Request(str(i), [5 + i % 90, 7 + i // 90], how))
-        for _ in range(5):
-            core.advance()
-        found, seconds = core.compiler.counts.hits, []
-        for _ in range(steps):
-            began = time.perf_counter()
-            core.advance()
-            seconds.append(time.perf_counter() - began)
-        hits = (core.compiler.counts.hits - found) / steps
-        calls = [counted_calls(core.advance) for _ in range(20)]
-        click.echo(
-            f"{count:>5}{statistics.median(seconds) * 1e6:>11.0f}{min(seconds) * 1e6:>9.0f}"
-            f"{statistics.mean(calls):>7.0f}{hits:>12.1%}"
-        )
-
-
-def counted_calls(function) -> int:
-    """Calls of Python and of C functions."""
-    count = 0
-
-    def seen(frame, event, argument):
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(seen)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 if __name__ == "__main__":

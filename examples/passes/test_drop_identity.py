@@ -10,11 +10,11 @@ from drop_identity import DropIdentity
 from sagellm import backends
 from sagellm.cli import capture
 from sagellm.ir.reference import Forwarded, LogicalRows
+from sagellm.meaning.check import check_model_passes
 from sagellm.models.config import load_config
 from sagellm.models.decoder import build_model
 from sagellm.models.hub import BUILTIN
 from sagellm.passes.driver import PassContext, Pipeline
-from sagellm.testing.reference import check_model_passes
 
 HERE = Path(__file__).parent
 DECODES = LogicalRows((Forwarded(0, range(5, 6), (7,), 6, (5,)), Forwarded(1, range(2, 3), (4,), 3, (2,))))

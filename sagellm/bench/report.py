@@ -35,8 +35,8 @@ def table(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
 
 
-def plot(path: Path, results: Sequence[Result], load: str, series: Sequence[str], title: str) -> None:
-    """A PNG with one panel a series of `<name>_p<percentile>_ms`, over the results' `load`."""
+def plot(path: Path, results: Sequence[Result], series: Sequence[str], title: str) -> None:
+    """A PNG with one panel a series of `<name>_p<percentile>_ms`, over the results' `rate`."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -47,9 +47,10 @@ def plot(path: Path, results: Sequence[Result], load: str, series: Sequence[str]
     for name, panel in zip(series, panels):
         for percentile, style in (("p50", "-o"), ("p90", "--s"), ("p99", ":^")):
             key = f"{name}_{percentile}_ms"
-            points = sorted((result[load], result[key]) for result in results if key in result)
-            panel.plot(*zip(*points), style, label=percentile) if points else None
-        panel.set(title=f"{name.upper()} (ms)", xlabel=load.replace("_", " "), ylim=(0, None))
+            points = sorted((result["rate"], result[key]) for result in results if key in result)
+            if points:
+                panel.plot(*zip(*points), style, label=percentile)
+        panel.set(title=f"{name.upper()} (ms)", xlabel="requests a second", ylim=(0, None))
         panel.grid(alpha=0.3)
         panel.legend()
     figure.suptitle(title)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,22 +87,21 @@ def _row(line: str, where: str) -> TraceRow:
 
 
 def replayed(
-    rows: Sequence[TraceRow], rate: float, longest: int, vocabulary: int, seed: int
+    rows: Sequence[TraceRow], rate: float, block: int, longest: int, vocabulary: int, seed: int
 ) -> list[Arrival]:
-    """The trace's requests with lengths scaled so that the longest has `longest` tokens, prompt and output, and
-    times scaled to `rate` requests a second; all at once where the rate is 0. Equal blocks stay equal."""
-    scale = min(1.0, longest / max(r.input_length + r.output_length for r in rows))
-    block = max(1, int(scale * max(-(-r.input_length // len(r.hash_ids)) for r in rows)))
+    """The trace's requests, scaled to an engine: each block of the trace becomes `block` tokens, so that what is shared
+    stays shared; outputs shrink alike; prompts are cut to leave room for their output within `longest` tokens. Times
+    are scaled to `rate` requests a second; all come at once where it is 0."""
+    scale = block / max(-(-r.input_length // len(r.hash_ids)) for r in rows)
     span = (rows[-1].timestamp - rows[0].timestamp) / 1e3
     pace = (len(rows) - 1) / rate / span if rate and span > 0 else 0.0
-    return [
-        Arrival(
-            (row.timestamp - rows[0].timestamp) / 1e3 * pace,
-            _tokens(row, max(1, int(row.input_length * scale)), block, vocabulary, seed),
-            max(1, int(row.output_length * scale)),
-        )
-        for row in rows
-    ]
+    arrivals = []
+    for row in rows:
+        output = min(max(1, int(row.output_length * scale)), longest // 2)
+        length = min(max(1, int(row.input_length * scale)), longest - output)
+        at = (row.timestamp - rows[0].timestamp) / 1e3 * pace
+        arrivals.append(Arrival(at, _tokens(row, length, block, vocabulary, seed), output))
+    return arrivals
 
 
 def _tokens(row: TraceRow, length: int, block: int, vocabulary: int, seed: int) -> list[int]:
@@ -112,9 +111,3 @@ def _tokens(row: TraceRow, length: int, block: int, vocabulary: int, seed: int) 
         for identity in row.hash_ids
     )
     return np.concatenate(list(blocks))[:length].tolist()
-
-
-def total_tokens(arrivals: Iterable[Arrival]) -> tuple[int, int]:
-    """Of all prompts, and of all outputs."""
-    some = list(arrivals)
-    return sum(len(a.prompt) for a in some), sum(a.output for a in some)

@@ -134,8 +134,8 @@ def throughput(prompt, output, requests: int, seed: int, as_json: bool, **given)
 @click.option("--rate", "rates", type=click.FloatRange(0, min_open=True), multiple=True, default=(1.0,),
               show_default=True, help="Requests a second; give it several times for several loads.")  # fmt: skip
 @click.option("--requests", type=click.IntRange(1), default=64, show_default=True, help="For each load.")
-@click.option("--trace", type=click.Path(path_type=Path), help="Replay a trace: JSON lines of timestamp, input_length, "
-              "output_length, hash_ids. Lengths are scaled to --max-length, times to --rate.")  # fmt: skip
+@click.option("--trace", type=click.Path(path_type=Path), help="Replay a trace: JSON lines of timestamp, "
+              "input_length, output_length, hash_ids. Its blocks become KV blocks; times go by --rate.")  # fmt: skip
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG of latency over load.")
 @SEED
 @JSON
@@ -155,7 +155,11 @@ def serve_(prompt, output, rates, requests: int, trace, plot, seed: int, as_json
             if rows is None:
                 arrivals = uniform(requests, rate, prompt, output, vocabulary, seed)
             else:
-                arrivals = replayed(rows, rate, engine.get_capability().max_sequence_length, vocabulary, seed)
+                block, longest = (
+                    engine.get_kv_schema().block_size,
+                    engine.get_capability().max_sequence_length,
+                )
+                arrivals = replayed(rows, rate, block, longest, vocabulary, seed)
             results.append({"rate": rate} | serve(engine, arrivals).summary())
     report.show(
         results,
@@ -165,7 +169,7 @@ def serve_(prompt, output, rates, requests: int, trace, plot, seed: int, as_json
     )  # fmt: skip
     if plot:
         title = f"{engine.model_id} on {engine.get_capability().backend}, {requests} requests a point"
-        report.plot(plot, results, "rate", ("ttft", "tpot", "itl"), title)
+        report.plot(plot, results, ("ttft", "tpot", "itl"), title)
         if not as_json:
             click.echo(f"wrote {plot}")
 

@@ -9,7 +9,7 @@ import click
 from sagellm.batch import Request, SamplingParams
 from sagellm.cli import timeline
 from sagellm.cli.options import MODEL, MODEL_NAMES, engine_config, options, read_lines, read_requests, take
-from sagellm.engine.explain import Explanation, explain, forwarded
+from sagellm.engine.explain import Explanation, explain
 from sagellm.engine.planner import Planner
 from sagellm.engine.record import inputs_path, save_inputs
 from sagellm.engine.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ def compile_(**given) -> None:
     batch = planner.schedule()
     told = explain(planner, batch)
     if emit == "timeline":
-        machine = timeline.machine_of(planner, forwarded(batch), len(batch.output_rows()))
+        machine = timeline.machine_of(planner, batch.forwarded, len(batch.output_rows()))
         click.echo(timeline.as_text(told, machine), nl=False)
         if given["output"]:
             timeline.write_trace(given["output"], predict(told.final, machine))
@@ -153,6 +153,6 @@ def _require(name: str, remarks: list[Remark]) -> None:
 
 
 def _verify(planner: Planner, batch) -> None:
-    from sagellm.testing.reference import check_batch
+    from sagellm.meaning.check import check_batch
 
     click.echo(check_batch(planner, batch))

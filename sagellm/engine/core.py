@@ -6,7 +6,6 @@ Building one is told as stages: planner (folder, config, compiler) -> weights ->
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,7 +14,6 @@ import numpy as np
 
 from sagellm.backends.base import KVCache
 from sagellm.batch import Batch
-from sagellm.compiler import expected_tensors
 from sagellm.config import EngineConfig
 from sagellm.engine.events import LENGTH, NOTHING, REASONS, STOP, Began, Failed, StepEvents, Token
 from sagellm.engine.load import Progress, load_weights
@@ -39,22 +37,21 @@ class EngineCore(Planner):
         super().__init__(config)
         self.counters, self.times = Counters(), Times()
         self._counted: set[tuple[str, ...]] = set()
-        compiled = self.rank_program()
-        expected = expected_tensors(compiled.graph)
-        count = config.tensor_parallel
-        self.ranks = Ranks(self) if count > 1 else None
+        compiled, ranks = self.rank_program(), config.tensor_parallel
+        self.ranks = Ranks(self) if ranks > 1 else None
         self.weights: SimpleNamespace = load_weights(
-            compiled.program, Checkpoint(self.folder), expected, progress, ranks=count
+            compiled.program, Checkpoint(self.folder), self.expected, progress, ranks=ranks
         )
         self.cache: KVCache = self.backend.make_cache(self.rank_schema, len(self.kv.pool.references))
         if self.ranks is not None:
             self.ranks.await_ready()
             self.cache = ShardedCache(self.cache, self.ranks, self.kv_schema.num_kv_heads)
         block = self.kv_schema
-        parameters = sum(math.prod(shape) for shape in expected.values())
         self.swap = SwapOrRecompute(
             copy=self.backend.costs.seconds(moved=2 * block.bytes_per_block, calls=2),
-            compute=self.backend.costs.seconds(flops=2 * parameters * block.block_size, dtype=self.dtype),
+            compute=self.backend.costs.seconds(
+                flops=2 * self.parameters * block.block_size, dtype=self.dtype
+            ),
         )
         self.executor = Executor(
             self.backend, self.columns, self.kv, self.cache, self.weights, self._function, self.ranks
@@ -160,9 +157,22 @@ class EngineCore(Planner):
             failed += lost
         return results, failed
 
+    def _check_passes(self, batch: Batch) -> None:
+        """Do the passes keep what this batch means? Reported, not raised: the batch runs all the same."""
+        from sagellm.meaning.check import MeaningChanged, check_batch
+
+        try:
+            check_batch(self, batch)
+            self.counters.checked["equal"] += 1
+        except MeaningChanged as error:
+            self.counters.checked["different"] += 1
+            log.error("step %d: %s", self.counters.steps, error)
+
     def execute(self, batch: Batch) -> StepOutcome:
         """Stages lower, execute and commit."""
         finish = None
+        if self.config.check_passes and self.counters.steps % self.config.check_passes == 0:
+            self._check_passes(batch)
         if self.config.record:
             self.executor.move()
             finish = begin_recording(self, batch)
@@ -235,6 +245,7 @@ class EngineCore(Planner):
             refused=scheduler.counts.refused,
             finished=dict(count.finished),
             failed_steps=count.failed_steps,
+            checked=dict(count.checked),
             plan_hits=self.compiler.counts.hits,
             plan_misses=self.compiler.counts.misses,
             remarks={

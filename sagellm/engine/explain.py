@@ -29,14 +29,9 @@ class Explanation:
     remarks: list[Remark]
 
 
-def forwarded(batch: Batch) -> int:
-    """Tokens that go through the model, as the passes decided."""
-    return batch.new_tokens - int(batch.columns.shared[batch.prefill].sum())
-
-
 def explain(planner: Planner, batch: Batch, verify: str = "full") -> Explanation:
     """Compile a batch whose passes have decided, keeping every stage. Nothing is executed."""
-    context = planner.compiler.context(bucket(forwarded(batch)))
+    context = planner.compiler.context(bucket(batch.forwarded))
     context.remarks.extend(Remark(name, True, "this batch", note) for name, note in batch.notes.items())
     pipeline = planner.pipeline
     step = step_graph(lower(batch, planner.model.vocab_size))

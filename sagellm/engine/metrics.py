@@ -42,6 +42,7 @@ COUNTERS = {
 }
 LABELLED = {
     "finished": ("finished_sequences", "Sequences that ended.", "reason"),
+    "checked": ("checked_steps", "Steps evaluated before and after the passes.", "result"),
     "evicted": ("kv_blocks_evicted", "KV blocks that left the prefix cache.", "reason"),
 }
 TIMES = {

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from itertools import count
 from pathlib import Path
@@ -15,7 +16,7 @@ from attrs import evolve
 from sagellm import backends, passes, topology
 from sagellm.backends.base import Backend
 from sagellm.batch import Batch, Columns, Request
-from sagellm.compiler import CompiledModel, Compiler
+from sagellm.compiler import CompiledModel, Compiler, expected_tensors
 from sagellm.config import AUTO, AskedKV, EngineConfig, resolve_kv_schema
 from sagellm.errors import UserError
 from sagellm.models.config import load_config
@@ -24,7 +25,7 @@ from sagellm.passes.driver import StepView
 from sagellm.passes.shard import Shard
 from sagellm.runtime.kv import KVManager
 from sagellm.runtime.scheduler import Scheduler
-from sagellm.schemas import KVCacheSchema
+from sagellm.schemas import DTYPE_BYTES, KVCacheSchema
 
 
 def available_memory() -> int:
@@ -70,6 +71,8 @@ class Planner:
             config.tensor_parallel,
             self.backend.topology if config.topology == AUTO else topology.find(config.topology),
         )
+        self.expected = expected_tensors(self.rank_program().graph)
+        """The checkpoint's tensors that are read, with their shapes."""
         self.view = StepView(self.backend.costs)
         self.columns = Columns(config.max_sequences, self._max_length(), self.kv_schema.block_size)
         if self.model.rope.kind == "dynamic":
@@ -78,7 +81,7 @@ class Planner:
             self.columns,
             self._block_count() if blocks is None else blocks,
             identity=f"{config.model} {self.kv_schema}",
-            caching=config.prefix_caching,
+            caching=config.prefix_caching and "prefix-dedup" in (p.name for p in self.pipeline.passes),
             host_slots=int(config.host_kv_gib * 2**30 / self.kv_schema.bytes_per_block),
         )
         self.scheduler = Scheduler(
@@ -120,10 +123,23 @@ class Planner:
             raise UserError(f"max_length is {asked}; accepted: at most {limit}, the model's context")
         return asked or limit
 
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.expected.values())
+
     def _block_count(self) -> int:
-        """Blocks for every sequence at full length, or what the memory share holds, and one of padding."""
+        """Blocks for every sequence at full length, or what the memory share holds, and one of padding.
+
+        The share is of what the weights leave.
+        """
         wanted = self.config.max_sequences * self.columns.max_blocks
-        free = available_memory()
+        weights, available = int(self.parameters * DTYPE_BYTES[self.dtype]), available_memory()
+        free = available - weights
+        if free <= 0:
+            raise UserError(
+                f"the weights of {self.config.model!r} take {weights >> 20} MiB in {self.dtype}, and "
+                f"{available >> 20} MiB of memory are free; accepted: a smaller model or dtype"
+            )
         share = int(free * self.config.kv_memory_fraction)
         size = self.rank_schema.bytes_per_block * self.config.tensor_parallel
         blocks = min(wanted, share // size)

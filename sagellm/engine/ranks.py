@@ -24,7 +24,6 @@ from torch import Tensor
 
 from sagellm.backends.base import KVCache
 from sagellm.backends.comm import CommBackendProtocol, open_store
-from sagellm.compiler import expected_tensors
 from sagellm.config import EngineConfig
 from sagellm.engine.load import load_weights
 from sagellm.engine.planner import Planner
@@ -207,9 +206,12 @@ class _Rank:
         connection.send("here", rank)
         self.comm = planner.backend.make_comm(port, rank, config.tensor_parallel)
         compiled = planner.rank_program()
-        expected = expected_tensors(compiled.graph)
         self.weights = load_weights(
-            compiled.program, Checkpoint(planner.folder), expected, rank=rank, ranks=config.tensor_parallel
+            compiled.program,
+            Checkpoint(planner.folder),
+            planner.expected,
+            rank=rank,
+            ranks=config.tensor_parallel,
         )
         self.cache = planner.backend.make_cache(planner.rank_schema, blocks)
         self._block = self.cache.read(np.zeros(1, np.int64))[0]

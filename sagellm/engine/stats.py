@@ -56,6 +56,8 @@ class Counters:
     """Finish reason -> sequences."""
     failed_steps: int = 0
     """Plans that raised."""
+    checked: Counter = field(factory=Counter)
+    """Steps evaluated before and after the passes: `equal` or `different` -> how many."""
     remarks: Counter = field(factory=Counter)
     """(pass, applied) -> how often, over the steps executed and the models compiled."""
 
@@ -109,6 +111,8 @@ class EngineStats:
     refused: int
     finished: dict[str, int]
     failed_steps: int
+    checked: dict[str, int]
+    """Steps whose passes were checked against the operations' meaning, by `equal` or `different`."""
     plan_hits: int
     plan_misses: int
     remarks: dict[str, dict[str, int]]

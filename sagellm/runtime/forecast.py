@@ -66,10 +66,11 @@ def peak_blocks(length: np.ndarray, end: np.ndarray, credit: np.ndarray, block_s
     """Most blocks held at one time when each sequence grows by a token a step from `length` to `end`, float [B].
 
     The most is reached just before one of them ends. `credit` blocks of each are counted with another sequence;
-    a sequence's last block is half full on average.
+    a sequence's last block is half full on average. Never more than all of them need at their ends.
     """
     order = np.argsort(length - end, kind="stable")
     steps = (end - length)[order]
     alive = np.arange(1, len(order) + 1)
     tokens = np.cumsum(length[order]) + alive * steps
-    return float((tokens / block_size + alive / 2 - np.cumsum(credit[order])).max())
+    peak = float((tokens / block_size + alive / 2 - np.cumsum(credit[order])).max())
+    return min(peak, float((np.ceil(end / block_size) - credit).sum()))

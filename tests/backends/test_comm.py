@@ -18,13 +18,13 @@ from sagellm.ir.dialects import comm
 from sagellm.ir.reference import MEANINGS
 from sagellm.ir.reference.ranks import on_ranks
 from sagellm.ir.reference.values import ModelScope
+from sagellm.meaning.inputs import random_tensors
 from sagellm.models.config import RopeConfig
 from sagellm.models.decoder import build_model
 from sagellm.passes.driver import PassContext
 from sagellm.rows import build_rows
 from sagellm.runtime.pool import BlockPool
 from sagellm.schemas import KVCacheSchema
-from sagellm.testing.inputs import random_tensors
 
 RANKS = 2
 

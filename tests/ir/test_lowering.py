@@ -18,12 +18,12 @@ from sagellm.ir.dialects import batch as b
 from sagellm.ir.graph import fingerprint
 from sagellm.ir.lower import lower, step_graph
 from sagellm.ir.reference import evaluate_step, evaluate_weights
+from sagellm.meaning.inputs import context_cache, random_tensors
 from sagellm.models.decoder import build_model, build_sampler
 from sagellm.passes import pipeline
 from sagellm.passes.driver import Pass, Pipeline, StepView, rewrites
 from sagellm.passes.prefix_dedup import PrefixDedup
 from sagellm.rows import Rows, build_rows
-from sagellm.testing.inputs import context_cache, random_tensors
 from sagellm.testing.requests import lower_requests, request_rows
 
 VOCAB = 7

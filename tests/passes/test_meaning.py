@@ -14,20 +14,20 @@ from sagellm.ir.dialects import nn
 from sagellm.ir.edit import erase, replace
 from sagellm.ir.graph import IRGraph
 from sagellm.ir.lower import lower, step_graph
-from sagellm.models.config import RopeConfig
-from sagellm.models.decoder import build_model
-from sagellm.passes import DEFAULT, kernel_fusion, pipeline
-from sagellm.passes.driver import Pass, Pipeline, StepView, rewrites
-from sagellm.passes.kernel_fusion import KernelFusion
-from sagellm.passes.prefix_dedup import PrefixDedup
-from sagellm.testing.inputs import small_rows
-from sagellm.testing.reference import (
+from sagellm.meaning.check import (
     MeaningChanged,
     check_batch_passes,
     check_model_passes,
     check_pass,
     check_pipeline,
 )
+from sagellm.meaning.inputs import small_rows
+from sagellm.models.config import RopeConfig
+from sagellm.models.decoder import build_model
+from sagellm.passes import DEFAULT, kernel_fusion, pipeline
+from sagellm.passes.driver import Pass, Pipeline, StepView, rewrites
+from sagellm.passes.kernel_fusion import KernelFusion
+from sagellm.passes.prefix_dedup import PrefixDedup
 
 ORDERS = st.lists(st.sampled_from(DEFAULT.split(",")), max_size=5).map(",".join)
 """Pipelines: some of the passes, in any order, some twice."""

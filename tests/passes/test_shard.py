@@ -11,12 +11,12 @@ from sagellm.errors import UserError
 from sagellm.ir.dialects import comm, nn
 from sagellm.ir.reference import evaluate_weights
 from sagellm.ir.reference.ranks import on_ranks
+from sagellm.meaning.check import MeaningChanged, check_model_passes
+from sagellm.meaning.inputs import random_tensors, small_rows
 from sagellm.models.decoder import build_model
 from sagellm.passes import PARALLEL, pipeline
 from sagellm.passes.driver import Pass, rewrites
 from sagellm.passes.shard import weight_bytes
-from sagellm.testing.inputs import random_tensors, small_rows
-from sagellm.testing.reference import MeaningChanged, check_model_passes
 from sagellm.topology import TOPOLOGIES
 
 PIPELINES = [

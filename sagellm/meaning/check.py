@@ -15,7 +15,6 @@ from torch import Tensor
 from xdsl.ir import Operation
 
 from sagellm.batch import Batch, Phase
-from sagellm.engine.explain import forwarded
 from sagellm.errors import UserError
 from sagellm.ir.check import describe
 from sagellm.ir.dialects import batch as b
@@ -29,10 +28,7 @@ from sagellm.ir.reference import (
     evaluate_weights,
 )
 from sagellm.ir.reference.ranks import evaluate_ranks, shard_cache, whole_cache
-from sagellm.models.decoder import build_model, build_sampler
-from sagellm.passes import pipeline as pipeline_of
-from sagellm.passes.driver import Pass, PassContext, Pipeline, StepView
-from sagellm.testing.inputs import (
+from sagellm.meaning.inputs import (
     Read,
     cache_before,
     context_cache,
@@ -41,6 +37,9 @@ from sagellm.testing.inputs import (
     small_rows,
     vocab_size,
 )
+from sagellm.models.decoder import build_model, build_sampler
+from sagellm.passes import pipeline as pipeline_of
+from sagellm.passes.driver import Pass, PassContext, Pipeline, StepView
 
 if TYPE_CHECKING:
     from sagellm.engine.planner import Planner
@@ -80,7 +79,7 @@ def check_pipeline(pipeline: Pipeline, context: PassContext, model: IRGraph, bat
 
 def check_batch(planner: Planner, batch: Batch) -> str:
     """Check all passes of an engine on a batch about which they decided. Gives one line on what was compared."""
-    pipeline, context = planner.pipeline, planner.compiler.context(bucket(forwarded(batch)))
+    pipeline, context = planner.pipeline, planner.compiler.context(bucket(batch.forwarded))
     phases = tuple(phase.name.lower() for phase in Phase if len(batch.rows(phase)))
     model = build_model(planner.model, planner.dtype, phases)
     check_model_passes(model, pipeline, context)
