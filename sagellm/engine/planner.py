@@ -16,6 +16,7 @@ from sagellm.backends.base import Backend
 from sagellm.batch import Batch, Columns, Request
 from sagellm.compiler import Compiler
 from sagellm.config import AUTO, AskedKV, EngineConfig, resolve_kv_schema
+from sagellm.drafts import Drafts
 from sagellm.errors import UserError
 from sagellm.models.config import load_config
 from sagellm.models.hub import resolve
@@ -23,6 +24,7 @@ from sagellm.passes.driver import StepView
 from sagellm.runtime.kv import KVManager
 from sagellm.runtime.scheduler import Scheduler
 from sagellm.schemas import KVCacheSchema
+from sagellm.target import StepCost
 
 
 def available_memory() -> int:
@@ -55,10 +57,14 @@ class Planner:
         )
         self.kv_schema = resolve_kv_schema(kv_schema, self.backend.capability, default, self.dtype)
         self.compiler = Compiler(self.model, self.backend, self.pipeline, self.dtype, config.verify)
-        self.view = StepView(self.backend.costs)
         self.columns = Columns(config.max_sequences, self._max_length(), self.kv_schema.block_size)
         if self.model.rope.kind == "dynamic":
             self.columns.alike_up_to = self.model.rope.original_max_positions
+        self.view = StepView(
+            self.backend.costs,
+            StepCost.of(self.backend.costs, self.model.multiplied, self.model.num_layers, self.dtype),
+            Drafts(self.columns),
+        )
         self.kv = KVManager(
             self.columns,
             self._block_count(),
