@@ -1,9 +1,9 @@
 """What may come next: text that was seen before, found by its last tokens. Leaf, numpy only.
 
-As SuffixDecoding (Oliaro et al. 2024) and prompt lookup do, guesses are what followed the longest repetition of a sequence's
-end, in its own text or in that of others of the same tenant. Instead of a suffix tree there is a table of hashed
-n-grams of a few lengths, so that one step costs the same few numpy calls for any number of sequences, and memory is
-bounded: text of sequences that ended lies in a ring, and newer n-grams take the place of older ones.
+As in SuffixDecoding (Oliaro et al. 2024) and prompt lookup, guesses are what followed the longest repetition of a
+sequence's end, in its own text or in that of others of the same tenant. Instead of a suffix tree there is a table of
+hashed n-grams of a few lengths, so that one step costs the same few numpy calls for any number of sequences, and memory
+is bounded: text of sequences that ended lies in a ring, and newer n-grams take the place of older ones.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Drafts:
         self._number = np.full(capacity, NOTHING, np.int64)
         self._sample = np.zeros(capacity, np.int64)
         self._seen = np.zeros(capacity, np.int64)
-        """Tokens of the row whose n-grams are in the table."""
+        """Tokens of the row whose n-grams are in the table: all but the last, behind which nothing is known yet."""
         self._held, self._tried = np.zeros(capacity), np.zeros(capacity)
         self._level = np.zeros(capacity, np.int64)
         self.held, self.tried = np.array(PRIOR) * TRUST, np.full(len(LENGTHS), TRUST)
@@ -92,23 +92,19 @@ class Drafts:
             new = rows[fresh]
             self._number[new], self._sample[new] = c.number[new], c.sample[new]
             self._seen[new] = self._held[new] = self._tried[new] = 0
-        lag = np.maximum(c.length[rows] - self._seen[rows], 1)
+        lag = c.length[rows] - self._seen[rows]
         last = np.cumsum(lag) - 1
         owner = np.repeat(rows, lag)
         ends = c.length[owner] - (np.repeat(last, lag) - np.arange(len(owner)))
-        self._seen[rows] = c.length[rows]
+        self._seen[rows] = c.length[rows] - 1
         at = ends[:, None] + np.arange(-LONGEST, 0)
         entries = self._entries(c.tokens[owner[:, None], np.maximum(at, 0)], c.tenant[owner], ends)
         places = owner * c.max_length + ends
         table, before = self._table, np.ones(len(owner), bool)
         before[last] = False
-        if len(owner) > len(rows):
-            table[entries[before]] = places[before, None]
-            table[-1] = NOTHING
-        found = table[entries[last]]
-        table[entries[last]] = places[last, None]
+        table[entries[before]] = places[before, None]
         table[-1] = NOTHING
-        return found
+        return table[entries[last]]
 
     def _entries(self, windows: np.ndarray, tenants: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Table entries int64 [K, LENGTHS] of the n-grams at the end of windows [K, LONGEST]; the text before that end

@@ -1,8 +1,8 @@
 """Trees of guessed tokens, and the token axis of a step that verifies them. Leaf, numpy only.
 
-A sequence that speculates has `drafted` guesses, in the columns `draft_tokens` and `draft_parents`. Its nodes are cells: cell 0
-is the last known token, cell i the i-th guess. Parents stand before their children, and the likeliest path first.
-Keys and values of cell i lie i places behind the context, until the accepted path is moved together.
+A sequence that speculates has `drafted` guesses, in the columns `draft_tokens` and `draft_parents`. Its nodes are
+cells: cell 0 is the last known token, cell i the i-th guess. Parents stand before their children, the likeliest path
+first. Keys and values of cell i lie i places behind the context, until the accepted path is moved together.
 """
 
 from __future__ import annotations

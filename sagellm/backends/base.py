@@ -34,7 +34,7 @@ class KVCache(Protocol):
         """Make each copy hold what its block holds."""
 
     def move(self, slots: np.ndarray, places: np.ndarray) -> None:
-        """Keys and values at these slots (block * block_size + offset) also to those places, all read before written."""
+        """Keys and values at these slots (block * block_size + offset) to those places; read before any is written."""
 
 
 class Backend(ABC):

@@ -26,10 +26,10 @@ MOST_NODES = 256
 class SpeculativeBranching(Pass):
     """Tokens are guessed and verified in one forward, as many as are expected to pay.
 
-    decide: guesses are what followed the same last tokens before, in this text or in another of the same tenant, and a
-    second continuation where there is one. How likely each will hold is measured, by the length of the repetition and by
-    sequence; the likeliest are taken, as many as give the most tokens per second by the cost model.
-    apply: puts `spec.branch` behind the decodes, `spec.verify` behind the sampler and `spec.commit` before the commit.
+    decide: guesses are what followed the same last tokens before, in this text or in another of the same tenant, and
+    a second continuation where there is one. How likely each will hold is measured, by the length of the repetition
+    and by sequence; the likeliest are taken, as many as give most tokens per second by the cost model.
+    apply: puts `spec.branch` behind the decodes, `spec.verify` and `spec.commit` before the commit.
     A token is chosen as it would be without guesses: outputs stay the same, sampled ones too.
     Declines in a step with prompts, where nothing is known to follow, where so many sequences decode that guesses
     cannot pay, and where those that were verified did not hold often enough; these are tried again one step in `probe`.

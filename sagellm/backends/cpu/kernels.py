@@ -117,7 +117,7 @@ def mixed_attention(
 def tree_attention(
     q: Tensor, kv: tuple[Tensor, Tensor], rows, scale: float, window: int | None = None
 ) -> Tensor:
-    """Decodes without guesses first, then trees of guesses [T, H * D]: all trees in one product, padded to the largest."""
+    """Decodes without guesses first, then trees of guesses [T, H * D]: one product, as wide as the widest tree."""
     keys, values = kv
     kv_heads, head_dim = keys.shape[2], keys.shape[3]
     nodes = rows.tree_nodes
