@@ -54,7 +54,10 @@ class Drafts:
     def __init__(self, columns: Columns):
         self.columns = columns
         self.waited = 0
-        """Steps without a guess since guesses that did not seem to pay were last tried."""
+        """Steps since guesses that did not seem to pay were last tried."""
+        self.rest = self.pause = 0
+        """Steps that nothing is looked for, and how many of them a vain look is worth: more after each, none after a
+        good one."""
         self._table: np.ndarray | None = None
 
     def _begin(self) -> None:

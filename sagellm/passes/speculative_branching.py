@@ -33,6 +33,7 @@ class SpeculativeBranching(Pass):
     A token is chosen as it would be without guesses: outputs stay the same, sampled ones too.
     Declines in a step with prompts, where nothing is known to follow, where so many sequences decode that guesses
     cannot pay, and where those that were verified did not hold often enough; these are tried again one step in `probe`.
+    Many sequences that repeat nothing are not looked at in every step.
     """
 
     gain: float = 1.05
@@ -50,23 +51,25 @@ class SpeculativeBranching(Pass):
         room = min(MOST_NODES, *batch.spare)
         if room <= 0 or self._best(np.ones(room), len(rows), cost) == 0:
             return
+        drafts.waited += 1
+        if drafts.rest > 0:
+            drafts.rest -= 1
+            return
+        drafts.pause = drafts.rest = min(2 * drafts.pause + 1, len(rows) // 2)
         found = drafts.follow(rows)
         known = np.flatnonzero((found >= 0).any(1))
-        if not len(known):
-            return
-        guesses = drafts.guess(rows[known], found[known])
+        guesses = drafts.guess(rows[known], found[known]) if len(known) else None
         if guesses is None:
             return
         order = np.argsort(-guesses.chances, axis=None, kind="stable")[:room]
         chances = guesses.chances.ravel()[order]
         order, chances = order[chances > 0], chances[chances > 0]
         count = self._best(chances, len(rows), cost)
-        if count == 0 and len(order):
-            drafts.waited += 1
-            if drafts.waited < self.probe:
-                return
+        if count > 0:
+            drafts.pause = drafts.rest = 0
+        elif len(order) and drafts.waited >= self.probe:
             count, drafts.waited = min(2, len(order)), 0
-        if count == 0:
+        else:
             return
         chosen = np.zeros(guesses.chances.size, bool)
         chosen[order[:count]] = True
