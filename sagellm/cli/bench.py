@@ -40,7 +40,7 @@ JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON, one line a result, with all figures."
 )
 SEED = click.option("--seed", type=int, default=0, help="Of lengths, tokens and arrival times.")
-ELSEWHERE = {"kv": "sagellm.cli.bench_kv:kv"}
+ELSEWHERE = {"kv": "sagellm.cli.bench_kv:kv", "speculation": "sagellm.cli.bench_speculation:speculation"}
 """Sub-commands with a module of their own."""
 
 
