@@ -19,6 +19,7 @@ LAYERS = [
         "random",
         "schemas",
         "target",
+        "ports",
         "config",
         "__init__",
     },
@@ -27,7 +28,7 @@ LAYERS = [
     {"backends"},
     {"compiler", "runtime", "meaning"},
     {"engine"},
-    {"bench"},
+    {"bench", "server"},
     {"cli", "testing", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -7,7 +7,9 @@ import click
 from sagellm.cli.bench import JSON
 from sagellm.cli.options import MODEL, MODEL_NAMES, engine_config, options, take
 
-COLUMNS = ("workload", "requests", "plain_s", "guessing_s", "ratio", "least", "steps", "verify_steps", "drafted", "accepted")  # fmt: skip
+COLUMNS = (
+    "workload", "requests", "plain_s", "guessing_s", "ratio", "least", "steps", "verify_steps", "drafted", "accepted",
+)  # fmt: skip
 
 
 @click.command()
@@ -37,7 +39,7 @@ def speculation(output: int, requests: int, batch: int, repeats: int, as_json: b
     waves = {
         "edits": ([[prompt] for prompt in edits], greedy),
         "again": ([[prompt] for prompt in (*some, *some)], greedy),
-        f"random x{batch}": ([measure.unlike(batch, 32, vocabulary)] * 1, drawn),
+        f"random x{batch}": ([measure.unlike(batch, 32, vocabulary)], drawn),
     }
     results = []
     for name, (wave, how) in waves.items():

@@ -136,13 +136,6 @@ class ModelConfig:
         fields = json.dumps(attrs.asdict(self), sort_keys=True)
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
-    @property
-    def multiplied(self) -> int:
-        """Weights that each token is multiplied with: all matrices but the embedding."""
-        heads = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
-        layer = self.hidden_size * (heads + 3 * self.intermediate_size)
-        return self.num_layers * layer + self.vocab_size * self.hidden_size
-
 
 def load_config(folder: Path, name: str | None = None) -> ModelConfig:
     """The model in `folder`, called `name` (default: the folder's name).
