@@ -16,6 +16,9 @@ from attrs import define, field
 
 from sagellm.errors import UserError
 
+MOST_DRAFTS = 16
+"""Guesses of one sequence in one step."""
+
 
 class Phase(IntEnum):
     """What a sequence does in a step."""
@@ -227,6 +230,11 @@ class Columns:
         self.leader = np.full(capacity, -1, np.int32)
         """This step: the row that computes this row's first `shared` new tokens, or -1."""
         self.shared = np.zeros(capacity, np.int32)
+        self.drafted = np.zeros(capacity, np.int32)
+        """This step: tokens guessed behind the last known one, to be verified."""
+        self.draft_tokens = np.zeros((capacity, MOST_DRAFTS), np.int32)
+        self.draft_parents = np.zeros((capacity, MOST_DRAFTS), np.int32)
+        """Which guess stands before each, counted from 1; 0 is the last known token."""
         self.stages = np.zeros(capacity, np.int32)
         self.temperature = np.zeros(capacity, np.float32)
         self.top_k = np.zeros(capacity, np.int64)
@@ -264,6 +272,7 @@ class Columns:
         self.limit[row] = min(len(request.prompt) + how.max_tokens, self.max_length)
         self.minimum[row] = len(request.prompt) + how.min_tokens
         self.context[row] = self.computed[row] = self.owned[row] = self.new[row] = self.shared[row] = 0
+        self.drafted[row] = 0
         self.leader[row] = -1
         self.stages[row] = Stage.of(how)
         self.temperature[row] = how.temperature
@@ -312,13 +321,15 @@ class Batch:
     What passes decided is in the columns; the structure of it in `facts`, by phase; in words in `notes`, by pass.
     """
 
-    __slots__ = ("columns", "decode", "facts", "moves", "notes", "prefill")
+    __slots__ = ("columns", "decode", "facts", "moves", "notes", "prefill", "spare")
 
     def __init__(self, columns: Columns, decode: np.ndarray, prefill: np.ndarray):
         self.columns, self.decode, self.prefill = columns, decode, prefill
         self.facts: dict[Phase, tuple[str, ...]] = {}
         self.notes: dict[str, str] = {}
         self.moves = Moves()
+        self.spare = (0, 0)
+        """Tokens and KV blocks that guesses may take beside what the rows need."""
 
     def rows(self, phase: Phase) -> np.ndarray:
         return self.decode if phase is Phase.DECODE else self.prefill
@@ -326,7 +337,8 @@ class Batch:
     @property
     def new_tokens(self) -> int:
         """Tokens that this step brings into the cache."""
-        return len(self.decode) + int(self.columns.new[self.prefill].sum())
+        c = self.columns
+        return len(self.decode) + int(c.drafted[self.decode].sum()) + int(c.new[self.prefill].sum())
 
     @property
     def forwarded(self) -> int:
@@ -336,7 +348,11 @@ class Batch:
     def table(self, phase: Phase) -> dict[str, np.ndarray]:
         """The group's values as a dump shows them."""
         rows, c = self.rows(phase), self.columns
-        names = ("length", "context", "new") + (("leader", "shared") if phase is Phase.PREFILL else ())
+        names = ("length", "context", "new")
+        if phase is Phase.PREFILL:
+            names += ("leader", "shared")
+        elif self.facts.get(phase):
+            names += ("drafted",)
         return {"row": rows} | {name: getattr(c, name)[rows] for name in names}
 
     def output_rows(self) -> np.ndarray:

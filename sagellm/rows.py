@@ -13,6 +13,18 @@ from sagellm.batch import Batch, Columns
 
 
 @frozen
+class TreeRows:
+    """P trees of guesses, W nodes in the largest; see `sagellm.trees`."""
+
+    nodes: np.ndarray
+    """[P, W] tokens on the flattened axis; where a tree has fewer, its first again."""
+    sees: np.ndarray
+    """[P, W, W] bool: which nodes of its tree each one attends to, beside the context."""
+    counts: np.ndarray
+    """[P] nodes."""
+
+
+@frozen
 class Rows:
     """T tokens, R output rows, D decodes, P prefills. Integer arrays; offsets and lengths in tokens."""
 
@@ -42,6 +54,8 @@ class Rows:
     """[P] cached tokens, this step's included."""
     prefill_offsets: np.ndarray
     """[P + 1] first token of each prefill on the token axis."""
+    trees: TreeRows | None = None
+    """Where guesses are verified: P counts the sequences that have some, in place of prefills."""
 
     @property
     def forwarded(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from attrs import evolve, field, frozen
 from attrs.validators import optional
 
@@ -10,6 +11,8 @@ from sagellm.documents import Document
 from sagellm.errors import unknown
 from sagellm.schemas import DTYPE_BYTES
 
+CALLS, VERIFY_CALLS = 10, 5
+"""Of a layer, and of its attention to trees of guesses more than that."""
 INSTANCE_TYPES = ("general", "prefill", "decode", "hybrid", "embedding")
 
 
@@ -56,6 +59,35 @@ class CostModel:
         size = DTYPE_BYTES[dtype]
         moved = size * (rows * inputs + inputs * outputs + rows * outputs)
         return self.seconds(flops=2 * rows * inputs * outputs, moved=moved, dtype=dtype)
+
+
+@frozen(kw_only=True)
+class StepCost:
+    """What a step of one model takes on a device, by the tokens that go through it. Attention is left out."""
+
+    token: float
+    """Seconds of arithmetic for each."""
+    least: float
+    """Seconds to read the weights: fewer tokens take no less."""
+    start: float
+    """Seconds that the calls take beside their work."""
+    verify: float
+    """Seconds that the calls take which verify guesses."""
+
+    @classmethod
+    def of(cls, costs: CostModel, parameters: int, layers: int, dtype: str) -> StepCost:
+        """`parameters` are read once and take part in a product for every token."""
+        slowest = min(costs.flops.values())
+        return cls(
+            token=2 * parameters / costs.flops.get(dtype, slowest),
+            least=parameters * DTYPE_BYTES[dtype] / costs.bytes_per_second,
+            start=(CALLS * layers + CALLS) * costs.call,
+            verify=VERIFY_CALLS * layers * costs.call,
+        )
+
+    def seconds(self, tokens):
+        """Of a step of so many tokens, or of each of these steps."""
+        return np.maximum(tokens * self.token, self.least) + self.start
 
 
 @frozen(kw_only=True)

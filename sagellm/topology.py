@@ -75,7 +75,9 @@ TOPOLOGIES = {
             name="hccs",
             wiring="mesh",
             bandwidth=_figure(
-                2.8e10, "B/s", "published for Atlas 800T A2, not confirmed: 392 GB/s a processor, 7 links, both ways"
+                2.8e10,
+                "B/s",
+                "published for Atlas 800T A2, not confirmed: 392 GB/s a processor, 7 links, both ways",
             ),
             latency=_figure(1e-5, "s", ASSUMED),
             slowdown=_figure(1.1, "times", ASSUMED),

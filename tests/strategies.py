@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from sagellm.batch import Batch, Columns, Request, SamplingParams
+from sagellm.batch import Batch, Columns, Phase, Request, SamplingParams
 from sagellm.ir.dialects import COMM, NN
 from sagellm.ir.edit import only_block
 from sagellm.ir.timeline import Machine, list_schedule
@@ -223,3 +223,29 @@ def _leaders_first(batch: Batch) -> list[int]:
             if row not in order and (c.shared[row] == 0 or c.leader[row] in order)
         ]
     return order
+
+
+def speculate(columns: Columns, rows, vocab_size: int, draw) -> None:
+    """Give these rows trees of up to six guesses; children of a node differ."""
+    for row in rows:
+        nodes: list[tuple[int, int]] = []
+        for _ in range(draw(st.integers(1, 6))):
+            node = draw(st.integers(0, len(nodes))), draw(st.integers(0, vocab_size - 1))
+            if node not in nodes:
+                nodes.append(node)
+        columns.drafted[row] = len(nodes)
+        for at, (parent, token) in enumerate(nodes):
+            columns.draft_parents[row, at], columns.draft_tokens[row, at] = parent, token
+
+
+@st.composite
+def speculations(draw, vocab_size: int = 5) -> Batch:
+    """Decodes, the last ones with guesses."""
+    batch = draw(batches(vocab_size))
+    c, rows = batch.columns, np.concatenate([batch.decode, batch.prefill])
+    c.context[rows], c.new[rows] = c.length[rows] - 1, 1
+    c.prompt[rows] = np.minimum(c.prompt[rows], np.maximum(c.length[rows] - 1, 1))
+    speculate(c, rows[draw(st.integers(0, len(rows) - 1)) :].tolist(), vocab_size, draw)
+    speculating = Batch(c, rows, np.zeros(0, np.int64))
+    speculating.facts[Phase.DECODE] = ("drafted",)
+    return speculating

@@ -14,6 +14,8 @@ LAYERS = [
         "documents",
         "batch",
         "rows",
+        "trees",
+        "drafts",
         "random",
         "schemas",
         "target",

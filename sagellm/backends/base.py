@@ -35,6 +35,9 @@ class KVCache(Protocol):
     def copy(self, blocks: np.ndarray, copies: np.ndarray) -> None:
         """Make each copy hold what its block holds."""
 
+    def move(self, slots: np.ndarray, places: np.ndarray) -> None:
+        """Keys and values at these slots (block * block_size + offset) to those places; read before any is written."""
+
 
 class Backend(ABC):
     """One vendor. Made without touching the device; `capability` may probe it, lazily."""

@@ -44,6 +44,7 @@ ELSEWHERE = {
     "kv": "sagellm.cli.bench_kv:kv",
     "overlap": "sagellm.cli.bench_ranks:overlap",
     "collectives": "sagellm.cli.bench_ranks:collectives",
+    "speculation": "sagellm.cli.bench_speculation:speculation",
 }
 """Sub-commands with a module of their own."""
 

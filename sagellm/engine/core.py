@@ -187,6 +187,12 @@ class EngineCore(Planner):
         self.counters.shared += batch.new_tokens - outcome.forwarded
         self.counters.recomputed += again
         self.counters.remarks.update((r.pass_name, r.done) for r in step.remarks)
+        if outcome.trees is not None:
+            self.view.drafts.learn(outcome.trees, outcome.nodes)
+            sequences = len(batch.decode)
+            self.counters.verify_steps += 1
+            self.counters.drafted += len(outcome.trees.rows) - sequences
+            self.counters.accepted += len(outcome.nodes) - sequences
         return outcome
 
     def _settle(self, batch: Batch, outcome: StepOutcome) -> StepEvents:
@@ -194,10 +200,9 @@ class EngineCore(Planner):
         c, rows, tokens = self.columns, outcome.rows, outcome.tokens
         self.scheduler.committed(batch)
         reasons = np.where((c.stops[rows] == tokens[:, None]).any(1), STOP, 0)
-        reasons = np.where((reasons == 0) & (c.length[rows] >= c.limit[rows]), LENGTH, reasons).astype(
-            np.int8
-        )
-        numbers, samples, indices = c.number[rows], c.sample[rows], c.length[rows] - c.prompt[rows] - 1
+        positions = outcome.positions
+        reasons = np.where((reasons == 0) & (positions + 1 >= c.limit[rows]), LENGTH, reasons).astype(np.int8)
+        numbers, samples, indices = c.number[rows], c.sample[rows], positions - c.prompt[rows]
         told = logprobs.of_tokens(outcome, c), logprobs.of_prompts(outcome, c)
         self.counters.generated += len(rows)
         self._time(rows, indices)
@@ -205,6 +210,7 @@ class EngineCore(Planner):
             row = int(rows[i])
             if indices[i] > 0:
                 self.times.tpot.add(np.array([(c.last_token[row] - c.first_token[row]) / indices[i]]))
+            self.view.drafts.ended(row)
             self.scheduler.finish(row)
             self.counters.finished[REASONS[reasons[i]]] += 1
         return StepEvents(numbers, samples, indices, tokens, reasons, *told)
@@ -217,7 +223,10 @@ class EngineCore(Planner):
             self.times.ttft.add(now - c.arrived[fresh])
             c.first_token[fresh] = now
         if not first.all():
-            self.times.itl.add(now - c.last_token[rows[~first]])
+            follows = np.zeros(len(rows), bool)
+            follows[1:] = rows[1:] == rows[:-1]
+            gaps = np.where(follows, 0.0, now - c.last_token[rows])
+            self.times.itl.add(gaps[~first])
         c.last_token[rows] = now
 
     def stats(self) -> EngineStats:
@@ -238,6 +247,9 @@ class EngineCore(Planner):
             reused=kv.counts.hit,
             fetched=kv.counts.fetched,
             recomputed=count.recomputed,
+            verify_steps=count.verify_steps,
+            drafted=count.drafted,
+            accepted=count.accepted,
             evicted=dict(kv.counts.evicted),
             offloaded_blocks=kv.counts.offloaded,
             copied_blocks=kv.counts.copied,

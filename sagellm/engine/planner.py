@@ -18,6 +18,7 @@ from sagellm.backends.base import Backend
 from sagellm.batch import Batch, Columns, Request
 from sagellm.compiler import CompiledModel, Compiler, expected_tensors
 from sagellm.config import AUTO, AskedKV, EngineConfig, resolve_kv_schema
+from sagellm.drafts import Drafts
 from sagellm.errors import UserError
 from sagellm.models.config import load_config
 from sagellm.models.hub import resolve
@@ -26,6 +27,7 @@ from sagellm.passes.shard import Shard
 from sagellm.runtime.kv import KVManager
 from sagellm.runtime.scheduler import Scheduler
 from sagellm.schemas import DTYPE_BYTES, KVCacheSchema
+from sagellm.target import StepCost
 
 
 def available_memory() -> int:
@@ -73,10 +75,14 @@ class Planner:
         )
         self.expected = expected_tensors(self.rank_program().graph)
         """The checkpoint's tensors that are read, with their shapes."""
-        self.view = StepView(self.backend.costs)
         self.columns = Columns(config.max_sequences, self._max_length(), self.kv_schema.block_size)
         if self.model.rope.kind == "dynamic":
             self.columns.alike_up_to = self.model.rope.original_max_positions
+        self.view = StepView(
+            self.backend.costs,
+            StepCost.of(self.backend.costs, self.parameters, self.model.num_layers, self.dtype),
+            Drafts(self.columns),
+        )
         self.kv = KVManager(
             self.columns,
             self._block_count() if blocks is None else blocks,

@@ -142,6 +142,10 @@ class ShardedCache:
         self._ranks.tell("copy", blocks, copies)
         self._local.copy(blocks, copies)
 
+    def move(self, slots: np.ndarray, places: np.ndarray) -> None:
+        self._ranks.tell("move", slots, places)
+        self._local.move(slots, places)
+
     def read(self, blocks: np.ndarray) -> Tensor:
         mine = self._local.read(blocks)
         parts = [mine, *self._ranks.read(blocks, mine)]

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from sagellm import backends
 from sagellm.backends.plan import Program
 from sagellm.backends.step import emit_step
-from sagellm.batch import Batch, Columns
+from sagellm.batch import MOST_DRAFTS, Batch, Columns
 from sagellm.compiler import expected_tensors
 from sagellm.config import KVCacheSchema
 from sagellm.engine.explain import explain
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 SCALARS = (
     "prompt", "length", "context", "owned", "new", "shared", "stages", "temperature", "top_k", "top_p", "min_p",
-    "repetition", "presence", "frequency", "sample", "minimum", "logprobs", "prompt_logprobs", "computed",
+    "repetition", "presence", "frequency", "sample", "minimum", "logprobs", "prompt_logprobs", "computed", "drafted",
 )  # fmt: skip
-RAGGED = ("stops", "bias_tokens", "bias")
+RAGGED = ("stops", "bias_tokens", "bias", "draft_tokens", "draft_parents")
 
 
 @frozen
@@ -166,7 +166,7 @@ def replay(path: Path, target: str | None = None, model: str | None = None) -> R
 
 def _columns(tensors: dict, block_size: int) -> tuple[Columns, Batch]:
     count, longest = tensors["tokens"].shape
-    columns = Columns(count, longest + 1, block_size)
+    columns = Columns(count, longest + 1 + MOST_DRAFTS, block_size)
     columns.tokens[:, :longest] = tensors["tokens"].numpy()
     for name in (*SCALARS, "leader"):
         getattr(columns, name)[:] = tensors[name].numpy()

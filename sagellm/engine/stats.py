@@ -52,6 +52,12 @@ class Counters:
     recomputed: int = 0
     """Tokens forwarded that had been in the cache before their sequence was put back."""
     generated: int = 0
+    verify_steps: int = 0
+    """Steps that verified guessed tokens."""
+    drafted: int = 0
+    """Tokens guessed."""
+    accepted: int = 0
+    """Of these, the ones that were right."""
     finished: Counter = field(factory=Counter)
     """Finish reason -> sequences."""
     failed_steps: int = 0
@@ -103,6 +109,12 @@ class EngineStats:
     fetched: int
     """Known tokens fetched from host memory."""
     recomputed: int
+    verify_steps: int
+    """Steps that verified guessed tokens."""
+    drafted: int
+    """Tokens guessed."""
+    accepted: int
+    """Of these, the ones that were right."""
     evicted: dict[str, int]
     """Why KV blocks left the prefix cache -> how many: a policy that made room, `rewritten`, `reset`."""
     offloaded_blocks: int

@@ -15,13 +15,23 @@ from sagellm.batch import Request, SamplingParams
 from sagellm.config import EngineConfig
 from sagellm.engine.events import Began, Failed, StepEvents
 from sagellm.engine.stats import EngineStats
-from sagellm.rows import Rows
+from sagellm.rows import Rows, TreeRows
 from sagellm.schemas import KVCacheSchema
 from sagellm.target import CapabilityDescriptor
 
 CLASSES = {
     kind.__name__: kind
-    for kind in (Began, EngineConfig, EngineStats, Failed, Request, Rows, SamplingParams, StepEvents)
+    for kind in (
+        Began,
+        EngineConfig,
+        EngineStats,
+        Failed,
+        Request,
+        Rows,
+        SamplingParams,
+        StepEvents,
+        TreeRows,
+    )
 }
 DOCUMENTS = {kind.__name__: kind for kind in (CapabilityDescriptor, KVCacheSchema)}
 """Those that have a document form of their own."""

@@ -7,8 +7,10 @@ sum in another order. Model graphs are checked with two layers of every segment,
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from attrs import evolve, frozen
 from torch import Tensor
@@ -24,6 +26,7 @@ from sagellm.ir.reference import (
     Cache,
     LogicalRows,
     StepResult,
+    Weights,
     evaluate_step,
     evaluate_weights,
 )
@@ -141,8 +144,29 @@ def check_batch_passes(
             after = evaluate_step(step, model, weights, batch, start, exact=True)
         except Exception as error:
             raise _no_meaning(p, error) from error
-        _compare_steps(p, before, after)
+        _compare_steps(p, _gone_on(model, weights, batch, before, after), after)
         before = after
+
+
+def _gone_on(
+    model: IRGraph, weights: Weights, batch: Batch, before: StepResult, after: StepResult
+) -> StepResult:
+    """What was before the pass, after as many plain steps as sequences got tokens more by the pass."""
+    c = copy.deepcopy(batch.columns)
+    more, cache = dict(before.more), before.cache
+    while rows := [row for row, tokens in after.more.items() if len(more.get(row, ())) < len(tokens)]:
+        for row in rows:
+            known = batch.columns.length[row]
+            tokens = (before.tokens[row], *more.get(row, ()))
+            c.tokens[row, known : known + len(tokens)] = tokens
+            c.length[row], c.new[row], c.drafted[row] = known + len(tokens), 1, 0
+            c.context[row] = c.length[row] - 1
+        plain = Batch(c, np.array(rows), np.zeros(0, np.int64))
+        graph = step_graph(lower(plain, vocab_size(model)))
+        done = evaluate_step(graph, model, weights, plain, cache, exact=True)
+        cache = done.cache
+        more |= {row: (*more.get(row, ()), token) for row, token in done.tokens.items()}
+    return evolve(before, more=more, cache=cache)
 
 
 def _of_kind(pipeline: Pipeline, kind: str) -> list[Pass]:
@@ -230,9 +254,13 @@ def _compare_steps(p: Pass, before: StepResult, after: StepResult) -> None:
         if not _close(one, other):
             raise _changed(p, what, one, other)
     for row, token in before.tokens.items():
-        if after.tokens[row] != token:
+        one, other = [token, *before.more.get(row, ())], [after.tokens[row], *after.more.get(row, ())]
+        if one != other:
+            at = next((i for i, (x, y) in enumerate(zip(one, other)) if x != y), min(len(one), len(other)))
+            which = "token" if at == 0 else f"token {at + 1}"
+            x, y = (tokens[at] if at < len(tokens) else "none" for tokens in (one, other))
             raise MeaningChanged(
-                f"pass {p.name} changed the token of sequence {row}: {token} before, {after.tokens[row]} after"
+                f"pass {p.name} changed the {which} of sequence {row}: {x} before, {y} after"
             )
 
 

@@ -15,6 +15,7 @@ ENTRY_POINTS = "sagellm.passes"
 
 PASSES = {
     "prefix-dedup": "sagellm.passes.prefix_dedup:PrefixDedup",
+    "speculative-branching": "sagellm.passes.speculative_branching:SpeculativeBranching",
     "shard": "sagellm.passes.shard:Shard",
     "kernel-fusion": "sagellm.passes.kernel_fusion:KernelFusion",
     "pack-weights": "sagellm.passes.pack_weights:PackWeights",
@@ -22,7 +23,7 @@ PASSES = {
     "cleanup": "sagellm.passes.cleanup:Cleanup",
 }
 
-DEFAULT = "prefix-dedup,cleanup,kernel-fusion,pack-weights"
+DEFAULT = "prefix-dedup,speculative-branching,cleanup,kernel-fusion,pack-weights"
 PARALLEL = f"shard,{DEFAULT},comm-compute-overlap"
 """The default where a model is divided among several ranks."""
 

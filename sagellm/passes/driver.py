@@ -18,12 +18,13 @@ from xdsl.utils.arg_spec import parse_pipeline
 from xdsl.utils.exceptions import ArgSpecParseError
 
 from sagellm.batch import Batch
+from sagellm.drafts import Drafts
 from sagellm.errors import UserError, unknown
 from sagellm.ir.attrs import TableAttr
 from sagellm.ir.check import describe
 from sagellm.ir.edit import only_block, operations
 from sagellm.ir.graph import IRGraph
-from sagellm.target import CapabilityDescriptor, CostModel
+from sagellm.target import CapabilityDescriptor, CostModel, StepCost
 from sagellm.topology import TOPOLOGIES, Topology
 
 
@@ -63,6 +64,10 @@ class StepView:
     """What a pass may see beside the columns when it decides about a step."""
 
     costs: CostModel = field(factory=CostModel)
+    step: StepCost | None = None
+    """What a step takes, by its tokens; None where there is no model."""
+    drafts: Drafts | None = None
+    """What may come next; None where nobody keeps it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,24 +19,40 @@ from sagellm import random
 from sagellm.backends.base import Backend, KVCache
 from sagellm.backends.plan import ExecutionPlan
 from sagellm.batch import Batch, Columns, Phase, Stage
+from sagellm.errors import UserError
 from sagellm.rows import Rows, build_rows
 from sagellm.runtime.kv import KVManager
+from sagellm.trees import Trees, slots, tree_rows
 
 
 @frozen
 class GroupRef:
-    """The value of `batch.group`: a phase of the batch, and whether beginnings are shared."""
+    """The value of `batch.group`: a phase of the batch, whether beginnings are shared, and the trees of guesses."""
 
     phase: Phase
     shared: bool = False
+    trees: Trees | None = None
+
+
+@frozen
+class Chosen:
+    """The value of `batch.sample`: a token for each output row, and of `spec.verify`: for each node that counts."""
+
+    tokens: np.ndarray
+    logits: torch.Tensor
+    prompt_logits: torch.Tensor
+    nodes: np.ndarray | None = None
+    """The nodes that count, sequence after sequence."""
 
 
 @define
 class StepOutcome:
-    """What a step did: one entry per sequence that got a token."""
+    """What a step did: one entry per token, those of a sequence together and in order."""
 
     rows: np.ndarray
     tokens: np.ndarray
+    positions: np.ndarray
+    """Of the tokens in their sequence."""
     forwarded: int
     """Tokens that went through the model."""
     logits: torch.Tensor
@@ -47,6 +63,9 @@ class StepOutcome:
     """[E] their rows."""
     prompt_positions: np.ndarray
     """[E] positions; the logits are about the token behind."""
+    trees: Trees | None = None
+    """What was guessed, and `nodes`, what of it counts."""
+    nodes: np.ndarray | None = None
 
 
 Functions = Callable[[str, tuple[str, ...]], Callable]
@@ -118,6 +137,13 @@ class Executor:
     def share(self, group: GroupRef) -> GroupRef:
         return evolve(group, shared=True)
 
+    def branch(self, group: GroupRef) -> GroupRef:
+        if group.phase is not Phase.DECODE or len(self._batch.prefill):
+            raise UserError(
+                "spec.branch in a step with prompts; accepted: the group of a step that only decodes"
+            )
+        return evolve(group, trees=Trees.of(self.columns, self._batch.decode))
+
     def evict(self) -> None:
         self.kv.moves.evict.clear()
 
@@ -152,15 +178,21 @@ class Executor:
                 self.cache.clear(taken)
 
     def rows(self, *arguments: GroupRef | None) -> Any:
-        shared = any(group is not None and group.shared for group in arguments)
-        rows = build_rows(self._batch, shared=shared)
+        groups = [group for group in arguments if group is not None]
+        trees = groups[0].trees
+        if trees is not None:
+            rows = tree_rows(self._batch, trees)
+        else:
+            rows = build_rows(self._batch, shared=any(group.shared for group in groups))
         self._rows, self._prompts = rows, (rows.prompt_rows, rows.prompt_positions)
         return self.backend.upload(rows, self.columns.block_size)
 
     def sampling(self, *groups: GroupRef) -> SimpleNamespace | None:
-        c, rows = self.columns, self._batch.output_rows()
+        c, trees = self.columns, groups[0].trees
+        rows = self._batch.output_rows() if trees is None else trees.rows
         if not c.stages[rows].any():
             return None
+        lengths = c.length[rows] if trees is None else c.length[rows] + trees.depths
         columns = (
             "temperature",
             "top_k",
@@ -170,15 +202,17 @@ class Executor:
             "presence",
             "frequency",
             "prompt",
-            "length",
         )
         how = {name: torch.from_numpy(getattr(c, name)[rows]) for name in columns}
-        longest = int(c.length[rows].max()) if len(rows) else 0
-        uniform = random.uniform(c.seed[rows], c.length[rows].astype(np.int64), c.sample[rows])
+        longest = int(lengths.max()) if len(rows) else 0
+        known = c.tokens[rows, :longest].astype(np.int64) if trees is None else trees.known(c)
+        uniform = random.uniform(c.seed[rows], lengths.astype(np.int64), c.sample[rows])
         if c.stages[rows].max() >= Stage.BIAS:
-            how |= dict(zip(("bias_rows", "bias_tokens", "bias"), map(torch.from_numpy, biases(c, rows))))
+            some = biases(c, rows, lengths)
+            how |= dict(zip(("bias_rows", "bias_tokens", "bias"), map(torch.from_numpy, some)))
         return SimpleNamespace(
-            tokens=torch.from_numpy(c.tokens[rows, :longest].astype(np.int64)),
+            tokens=torch.from_numpy(known),
+            length=torch.from_numpy(lengths),
             uniform=torch.from_numpy(uniform),
             greedy=how["temperature"] == 0,
             **how,
@@ -193,10 +227,27 @@ class Executor:
 
     def sample(
         self, logits: torch.Tensor, how: SimpleNamespace | None, sampler: str, stages: tuple[str, ...]
-    ):
+    ) -> Chosen:
         count = len(logits) - len(self._prompts[0])
         chosen = logits[:count]
-        return (chosen, logits[count:]), self._timed(self.functions(sampler, stages), chosen, how)
+        tokens = self._timed(self.functions(sampler, stages), chosen, how)
+        return Chosen(tokens.numpy(), chosen, logits[count:])
+
+    def verify(self, chosen: Chosen, group: GroupRef) -> Chosen:
+        nodes = group.trees.accepted(self.columns, chosen.tokens)
+        logits = chosen.logits[torch.from_numpy(nodes)]
+        return evolve(chosen, tokens=chosen.tokens[nodes], logits=logits, nodes=nodes)
+
+    def move_accepted(self, chosen: Chosen, group: GroupRef) -> None:
+        """Keys and values of the accepted path to their places; blocks that only the rest needed go back."""
+        c, trees, nodes = self.columns, group.trees, chosen.nodes
+        away = nodes[trees.cells[nodes] != trees.depths[nodes]]
+        if len(away):
+            rows = trees.rows[away]
+            lie, belong = (c.context[rows] + at[away] for at in (trees.cells, trees.depths))
+            self.cache.move(slots(c, rows, lie), slots(c, rows, belong))
+        members = self._batch.decode
+        self.kv.pool.shrink(c, members, c.length[members] + _taken_by(members, trees, nodes))
 
     def _timed(self, function: Callable, *arguments: Any) -> Any:
         began = time.perf_counter()
@@ -204,22 +255,37 @@ class Executor:
         self.device_seconds += time.perf_counter() - began
         return result
 
-    def commit(self, sampled: tuple[torch.Tensor, torch.Tensor], *groups: GroupRef) -> None:
-        c, batch = self.columns, self._batch
-        (logits, prompt_logits), tokens = sampled
-        chosen, rows = tokens.numpy(), batch.output_rows()
-        for group in groups:
-            members = batch.rows(group.phase)
-            c.context[members] += c.new[members]
-        c.tokens[rows, c.length[rows]] = chosen
-        c.length[rows] += 1
-        self._outcome = StepOutcome(rows, chosen, self.forwarded, logits, prompt_logits, *self._prompts)
+    def commit(self, chosen: Chosen, *groups: GroupRef) -> None:
+        c, batch, trees, nodes = self.columns, self._batch, groups[0].trees, chosen.nodes
+        if nodes is not None:
+            rows, members = trees.rows[nodes], batch.decode
+            positions, counts = c.length[rows] + trees.depths[nodes], _taken_by(members, trees, nodes)
+            c.context[members] += counts
+            c.length[members] += counts
+        else:
+            rows = batch.output_rows()
+            positions = c.length[rows]
+            for group in groups:
+                members = batch.rows(group.phase)
+                c.context[members] += c.new[members]
+            c.length[rows] += 1
+        c.tokens[rows, positions] = chosen.tokens
+        self._outcome = StepOutcome(
+            rows, chosen.tokens, positions, self.forwarded, chosen.logits, chosen.prompt_logits,
+            *self._prompts, trees, nodes,
+        )  # fmt: skip
 
 
-def biases(c: Columns, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What is added to the logits of these rows: index among the rows int64 [K], token int64 [K], value float32 [K]."""
+def _taken_by(members: np.ndarray, trees: Trees, nodes: np.ndarray) -> np.ndarray:
+    """int32: how many of the nodes each sequence has."""
+    return np.bincount(trees.rows[nodes], minlength=members.max() + 1)[members].astype(np.int32)
+
+
+def biases(c: Columns, rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is added to the logits of these rows, of these lengths: index among the rows int64 [K], token int64 [K],
+    value float32 [K]."""
     wanted = c.bias_tokens[rows] >= 0
-    banned = (c.stops[rows] >= 0) & (c.length[rows] < c.minimum[rows])[:, None]
+    banned = (c.stops[rows] >= 0) & (lengths < c.minimum[rows])[:, None]
     at, banned_at = np.nonzero(wanted)[0], np.nonzero(banned)[0]
     tokens = np.concatenate([c.bias_tokens[rows][wanted], c.stops[rows][banned]]).astype(np.int64)
     values = np.concatenate([c.bias[rows][wanted], np.full(len(banned_at), -np.inf, np.float32)])
@@ -245,5 +311,8 @@ HOST: dict[str, Callable] = {
     "batch.sampling": Executor.sampling,
     "batch.forward": Executor.forward,
     "batch.sample": Executor.sample,
+    "spec.branch": Executor.branch,
+    "spec.verify": Executor.verify,
+    "spec.commit": Executor.move_accepted,
     "batch.commit": Executor.commit,
 }

@@ -151,7 +151,7 @@ class KVManager:
         """Blocks that the step takes: for new tokens, and for copies of blocks that it must not write into."""
         c, total = self.columns, 0
         for rows in (batch.decode, batch.prefill):
-            wanted = -(-(c.context[rows] + c.new[rows]) // c.block_size) - c.owned[rows]
+            wanted = -(-(c.context[rows] + c.new[rows] + c.drafted[rows]) // c.block_size) - c.owned[rows]
             if rows is batch.prefill and c.shared[rows].any():
                 low, high = aliased_blocks(c, rows)
                 wanted -= np.maximum(high - np.maximum(low, c.owned[rows]), 0)

@@ -79,7 +79,7 @@ class BlockPool:
     def extend(self, columns: Columns, rows: np.ndarray) -> np.ndarray:
         """Give each row the blocks that its new tokens need; returns those."""
         c = columns
-        needed = -(-(c.context[rows] + c.new[rows]) // c.block_size)
+        needed = -(-(c.context[rows] + c.new[rows] + c.drafted[rows]) // c.block_size)
         wanted = needed - c.owned[rows]
         growing = wanted > 0
         if not growing.any():
@@ -91,6 +91,15 @@ class BlockPool:
         c.blocks[sequences, c.owned[sequences] + within] = blocks
         c.owned[rows] = needed
         return blocks
+
+    def shrink(self, columns: Columns, rows: np.ndarray, lengths: np.ndarray) -> None:
+        """Take back the blocks that each row holds behind its first `lengths` tokens."""
+        c, keep = columns, -(-lengths // columns.block_size)
+        for at in np.flatnonzero(c.owned[rows] > keep).tolist():
+            row, kept = int(rows[at]), int(keep[at])
+            self.release(c.blocks[row, kept : c.owned[row]].copy())
+            c.blocks[row, kept : c.owned[row]] = 0
+            c.owned[row] = kept
 
     def extend_shared(self, columns: Columns, rows: np.ndarray) -> np.ndarray:
         """As `extend`, for rows of which some follow a leader: they take over its full blocks, leaders first."""

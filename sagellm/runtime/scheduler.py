@@ -232,8 +232,10 @@ class Scheduler:
         c, rows = self.columns, self._running
         left = c.length[rows] - c.context[rows]
         decoding = (left == 1) & (c.length[rows] > c.prompt[rows])
-        c.new[rows] = left
-        return Batch(c, rows[decoding], rows[~decoding])
+        c.new[rows], c.drafted[rows] = left, 0
+        batch = Batch(c, rows[decoding], rows[~decoding])
+        batch.spare = self.budget - len(rows), self.kv.pool.available - 2 * len(rows)
+        return batch
 
     def fit(self, batch: Batch) -> bool:
         """Cut the batch to the token budget and to the KV blocks that can be had; did it change?
@@ -243,7 +245,7 @@ class Scheduler:
         if self._cut(batch):
             return True
         pool = self.kv.pool
-        if len(batch.decode) * 2 + int(self.columns.new[batch.prefill].sum()) <= pool.available:
+        if len(batch.decode) + batch.new_tokens <= pool.available:
             return False
         short = self.kv.growth(batch) - pool.available
         if short <= 0:

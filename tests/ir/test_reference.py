@@ -62,6 +62,9 @@ EFFECTS = {
     "batch.forward": (("kv",), ("kv",)),
     "batch.commit": ((), ("sequences",)),
     "kv.allocate": (("sequences",), ("pool",)),
+    "spec.branch": (("sequences",), ()),
+    "spec.verify": (("sequences",), ()),
+    "spec.commit": (("kv", "sequences"), ("kv", "pool")),
 }
 """What each operation reads and writes besides its values; all others are pure."""
 

@@ -46,7 +46,7 @@ def _rms_norm(e: Emitter, op: Operation) -> str:
 def _attention(e: Emitter, op: Operation) -> str:
     q, rows = op.operands
     phases = [word for word in rows.type.data if word in ("decode", "prefill")]
-    kernel = "mixed" if len(phases) == 2 else phases[0]
+    kernel = "tree" if "tree" in rows.type.data else "mixed" if len(phases) == 2 else phases[0]
     window = e.value(op, "window")
     more = "" if window is None else f", window={window}"
     return f"cpu.{kernel}_attention({e.name(q)}, kv, {e.name(rows)}, {literal(e.value(op, 'scale'))}{more})"

@@ -127,6 +127,25 @@ def mixed_attention(
     ])  # fmt: skip
 
 
+def tree_attention(
+    q: Tensor, kv: tuple[Tensor, Tensor], rows, scale: float, window: int | None = None
+) -> Tensor:
+    """Decodes without guesses first, then trees of guesses [T, H * D]: one product, as wide as the widest tree."""
+    keys, values = kv
+    kv_heads, head_dim = keys.shape[2], keys.shape[3]
+    nodes = rows.tree_nodes
+    trees, widest = nodes.shape
+    some = q[nodes].view(trees, widest, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    k = keys.index_select(0, rows.tree_blocks).view(trees, -1, kv_heads, head_dim).transpose(1, 2)
+    v = values.index_select(0, rows.tree_blocks).view(trees, -1, kv_heads, head_dim).transpose(1, 2)
+    mask = rows.tree_mask(window, q.dtype).repeat(1, 1, some.shape[2] // widest, 1)
+    done = scaled_dot_product_attention(some, k, v, attn_mask=mask, scale=scale)
+    done = done.unflatten(2, (-1, widest)).permute(0, 3, 1, 2, 4).reshape(trees * widest, -1)
+    done = done.index_select(0, rows.tree_places)
+    count = rows.decode_count
+    return done if count == 0 else torch.cat([decode_attention(q[:count], kv, rows, scale, window), done])
+
+
 def _window_mask(queries: int, length: int, window: int | None) -> Tensor:
     """[queries, length], true where the key is visible: the last query sees the last key."""
     at = torch.arange(length - queries, length)[:, None]
@@ -208,6 +227,10 @@ class CpuCache(list):
     def copy(self, blocks: np.ndarray, copies: np.ndarray) -> None:
         self._all[:, :, torch.from_numpy(copies)] = self._all[:, :, torch.from_numpy(blocks)]
 
+    def move(self, slots: np.ndarray, places: np.ndarray) -> None:
+        tokens = self._all.flatten(2, 3)
+        tokens[:, :, torch.from_numpy(places)] = tokens[:, :, torch.from_numpy(slots)]
+
 
 class CpuRows:
     """The step's columns as tensors that share memory with the numpy arrays they come from."""
@@ -222,15 +245,43 @@ class CpuRows:
         self.decode_count = len(rows.decode_lengths)
         self.decode_blocks = torch.from_numpy(rows.decode_blocks.reshape(-1))
         self._decode_lengths = rows.decode_lengths
+        self._block_size = block_size
         self._width = rows.decode_blocks.shape[1] * block_size
         self.longest = int(rows.decode_lengths.max()) if self.decode_count else 0
         self.prefills = []
         offsets = rows.prefill_offsets.tolist()
-        for i, length in enumerate(rows.prefill_lengths.tolist()):
+        for i, length in enumerate(rows.prefill_lengths.tolist() if rows.trees is None else ()):
             first, end = offsets[i], offsets[i + 1]
             blocks = torch.from_numpy(rows.prefill_blocks[i, : -(-length // block_size)])
             self.prefills.append((first, end, length, blocks, end - first == length))
         self._masks: dict = {}
+        if rows.trees is not None:
+            self._trees, self._rows = rows.trees, rows
+            self.tree_nodes = torch.from_numpy(rows.trees.nodes)
+            self.tree_blocks = torch.from_numpy(rows.prefill_blocks.reshape(-1))
+            within = np.arange(rows.trees.nodes.shape[1]) < rows.trees.counts[:, None]
+            self.tree_places = torch.from_numpy(np.flatnonzero(within))
+
+    def tree_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[P, 1, W, width]: 0 where a node sees a cached token or a node of its tree, else -inf; made once a step."""
+        mask = self._masks.get(("tree", window))
+        if mask is None:
+            trees, rows = self._trees, self._rows
+            count, widest = trees.nodes.shape
+            width = rows.prefill_blocks.shape[1] * self._block_size
+            context = (rows.prefill_lengths - trees.counts)[:, None]
+            key_at = np.repeat(np.arange(width + widest)[None], count, 0)
+            visible = np.repeat((key_at < context)[:, None], widest, 1)
+            cells = context + np.arange(widest)
+            at = rows.positions[trees.nodes]
+            np.put_along_axis(visible, np.repeat(cells[:, None], widest, 1), trees.sees, 2)
+            np.put_along_axis(key_at, cells, at, 1)
+            if window is not None:
+                visible &= key_at[:, None] > at[:, :, None] - window
+            hidden = torch.from_numpy(~visible[:, None, :, :width])
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            self._masks["tree", window] = mask
+        return mask
 
     def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[D, 1, 1, width]: 0 where a cached token is visible, -inf where not; made once a step."""

@@ -1,4 +1,4 @@
-"""The dialects: `batch` and `kv` for the batch graph, `nn` and `comm` for the model graph, `weights`."""
+"""The dialects: `batch`, `kv` and `spec` for the batch graph, `nn` and `comm` for the model graph, `weights`."""
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import Builtin
@@ -7,9 +7,10 @@ from sagellm.ir.dialects.batch import BATCH
 from sagellm.ir.dialects.comm import COMM
 from sagellm.ir.dialects.kv import KV
 from sagellm.ir.dialects.nn import NN
+from sagellm.ir.dialects.spec import SPEC
 from sagellm.ir.dialects.weights import WEIGHTS
 
-DIALECTS = (BATCH, KV, NN, COMM, WEIGHTS)
+DIALECTS = (BATCH, KV, SPEC, NN, COMM, WEIGHTS)
 
 
 def context() -> Context:

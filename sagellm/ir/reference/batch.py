@@ -10,6 +10,7 @@ from sagellm.batch import Phase
 from sagellm.errors import UserError
 from sagellm.ir.attrs import last_dim
 from sagellm.ir.dialects import batch
+from sagellm.ir.reference.spec import Accepted, how_of_nodes
 from sagellm.ir.reference.values import Forwarded, Group, How, LogicalRows, Member, StepScope
 
 
@@ -45,12 +46,19 @@ def rows(scope: StepScope, op: batch.Rows, *arguments: Group | frozenset[int]) -
 
 
 def sampling(scope: StepScope, op: batch.Sampling, *groups: Group) -> How:
+    if any(member.paths for group in groups for member in group):
+        return how_of_nodes(scope.batch.columns, groups[0])
     getting = tuple(member.row for group in groups for member in group if member.gets_token)
     return How(getting, scope.batch.columns)
 
 
 def forward(scope: StepScope, op: batch.Forward, members: Group) -> Tensor:
-    """Logits [R, V] of the sequences that get a token. Who waits for a leader takes over its part of the cache."""
+    """Logits [R, V] of the sequences that get a token, or of the nodes of their trees.
+
+    Who waits for a leader takes over its part of the cache.
+    """
+    if any(member.paths for member in members):
+        return _forward_trees(scope, op, members)
     order, by_row = _leaders_first(members), {member.row: member for member in members}
     wanted = {member.row: _computes_last(member, by_row) for member in members if member.gets_token}
     logits: dict[tuple[int, int], Tensor] = {}
@@ -69,6 +77,25 @@ def forward(scope: StepScope, op: batch.Forward, members: Group) -> Tensor:
     if not wanted:
         return torch.zeros(0, last_dim(op.result.type))
     return torch.stack(list(scope.logits.values()))
+
+
+def _forward_trees(scope: StepScope, op: batch.Forward, members: Group) -> Tensor:
+    """Logits [N, V] of every node. Each is reached by plain steps of one token, from the cache as it was."""
+    name, logits = op.model.root_reference.data, []
+    for member in members:
+        row, before = member.row, dict(scope.cache.get(member.row, {}))
+        last = int(scope.batch.columns.tokens[row, member.length - 1])
+        for cell, path in enumerate(member.paths):
+            scope.cache[row] = dict(before)
+            steps = [
+                Forwarded(row, range(at, at + 1), (token,), at + 1, (at,))
+                for at, token in enumerate((last, *path), member.context)
+            ]
+            logits.append([scope.forward(name, LogicalRows((item,)))[0] for item in steps][-1])
+            scope.walked[row, cell] = scope.cache[row]
+        scope.cache[row] = scope.walked[row, 0]
+        scope.logits[row] = logits[-len(member.paths)]
+    return torch.stack(logits)
 
 
 def _computes_last(member: Member, by_row: dict[int, Member]) -> tuple[int, int]:
@@ -112,7 +139,11 @@ def sample(scope: StepScope, op: batch.Sample, logits: Tensor, how: How) -> Tens
     return scope.sample(op.sampler.root_reference.data, logits, how)
 
 
-def commit(scope: StepScope, op: batch.Commit, tokens: Tensor, *groups: Group) -> None:
+def commit(scope: StepScope, op: batch.Commit, tokens: Tensor | list[Accepted], *groups: Group) -> None:
+    if isinstance(tokens, list):
+        scope.tokens = {path.row: path.tokens[0] for path in tokens}
+        scope.more = {path.row: path.tokens[1:] for path in tokens if path.tokens[1:]}
+        return
     getting = [member.row for group in groups for member in group if member.gets_token]
     scope.tokens = dict(zip(getting, tokens.tolist(), strict=True))
 

@@ -17,6 +17,7 @@ from sagellm.ir.reference import batch as batch_meanings
 from sagellm.ir.reference import comm as comm_meanings
 from sagellm.ir.reference import kv as kv_meanings
 from sagellm.ir.reference import nn as nn_meanings
+from sagellm.ir.reference import spec as spec_meanings
 from sagellm.ir.reference import weights as weights_meanings
 from sagellm.ir.reference.values import (
     Cache,
@@ -33,7 +34,7 @@ from sagellm.ir.reference.values import (
 
 MEANINGS: dict[str, Callable] = {
     op.name: meaning
-    for part in (nn_meanings, comm_meanings, weights_meanings, batch_meanings, kv_meanings)
+    for part in (nn_meanings, comm_meanings, weights_meanings, batch_meanings, kv_meanings, spec_meanings)
     for op, meaning in part.MEANINGS.items()
 }
 """Name of an operation -> `(scope, op, *operands)` to its result: nothing, one value, or a tuple."""
@@ -101,7 +102,7 @@ def evaluate_step(
         sample=lambda name, logits, how: call(name, None, (logits, how))[0],
     )
     _run(only_block(step.step), scope, (), observe)
-    return StepResult(scope.logits, scope.tokens, after)
+    return StepResult(scope.logits, scope.tokens, after, scope.more)
 
 
 def _caller(

@@ -113,6 +113,8 @@ class Member:
     shared: int = 0
     waits: bool = False
     """Its first `shared` new tokens come from its leader; before `batch.share` that is a mere decision."""
+    paths: tuple[tuple[int, ...], ...] = ()
+    """After `spec.branch`: the guesses that lead to each node of its tree."""
 
     @property
     def start(self) -> int:
@@ -179,6 +181,9 @@ class StepScope:
     sample: Callable[[str, Tensor, How], Tensor]
     logits: dict[int, Tensor] = field(factory=dict)
     tokens: dict[int, int] = field(factory=dict)
+    more: dict[int, tuple[int, ...]] = field(factory=dict)
+    walked: dict[tuple[int, int], dict[int, tuple[Tensor, Tensor]]] = field(factory=dict)
+    """(sequence row, node of its tree) -> the sequence's cache with the guesses up to there."""
 
 
 @define
@@ -204,3 +209,5 @@ class StepResult:
     """float32 [V]"""
     tokens: dict[int, int]
     cache: Cache
+    more: dict[int, tuple[int, ...]] = field(factory=dict)
+    """Tokens behind these, of sequences that speculate."""

@@ -1,0 +1,47 @@
+"""`sagellm bench speculation`: the same requests with guessed tokens and without."""
+
+from __future__ import annotations
+
+import click
+
+from sagellm.cli.bench import JSON
+from sagellm.cli.options import MODEL, MODEL_NAMES, engine_config, options, take
+
+COLUMNS = (
+    "workload", "requests", "plain_s", "guessing_s", "ratio", "least", "steps", "verify_steps", "drafted", "accepted",
+)  # fmt: skip
+
+
+@click.command()
+@options(*MODEL)
+@click.option("--output", type=click.IntRange(1), default=96, show_default=True, help="Tokens to generate.")
+@click.option("--requests", type=click.IntRange(1), default=6, show_default=True, help="Of those one by one.")
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Random texts at once.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@JSON
+def speculation(output: int, requests: int, batch: int, repeats: int, as_json: bool, **given) -> None:
+    """Code edits one by one, random prompts one by one and once more, and a batch of random texts.
+
+    Both engines serve a wave of requests before the next; seconds are medians, `ratio` is plain over guessing.
+    """
+    from sagellm.batch import SamplingParams
+    from sagellm.bench import speculation as measure
+    from sagellm.bench.report import show
+    from sagellm.engine.engine import SageLLMEngine
+
+    config = engine_config(take(given, MODEL_NAMES))
+    with SageLLMEngine(config=config) as engine:
+        vocabulary = engine.vocab_size
+        edits = measure.edits(requests, lambda text: engine.tokenizer.encode(text))
+    greedy = SamplingParams(max_tokens=output, ignore_eos=True)
+    drawn = SamplingParams(max_tokens=2 * output, ignore_eos=True, temperature=1.0)
+    some = measure.unlike(requests, 32, vocabulary)
+    waves = {
+        "edits": ([[prompt] for prompt in edits], greedy),
+        "again": ([[prompt] for prompt in (*some, *some)], greedy),
+        f"random x{batch}": ([measure.unlike(batch, 32, vocabulary)], drawn),
+    }
+    results = []
+    for name, (wave, how) in waves.items():
+        results.append({"workload": name} | measure.compare(config, wave, how, repeats))
+    show(results, COLUMNS, as_json)

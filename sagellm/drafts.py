@@ -1,0 +1,235 @@
+"""What may come next: text that was seen before, found by its last tokens. Leaf, numpy only.
+
+As in SuffixDecoding (Oliaro et al. 2024) and prompt lookup, guesses are what followed the longest repetition of a
+sequence's end, in its own text or in that of others of the same tenant. Instead of a suffix tree there is a table of
+hashed n-grams of a few lengths, so that one step costs the same few numpy calls for any number of sequences, and memory
+is bounded: text of sequences that ended lies in a ring, and newer n-grams take the place of older ones.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from attrs import frozen
+
+from sagellm.batch import Columns
+from sagellm.trees import Trees
+
+LENGTHS = (16, 8, 5, 3)
+"""Of the n-grams, the longest first."""
+LONGEST = LENGTHS[0]
+DEPTHS = (12, 4)
+"""Most guesses along the first and the second continuation; together at most `MOST_DRAFTS`."""
+DEPTH = DEPTHS[0]
+HISTORY = 1 << 17
+"""Tokens kept of sequences that ended, and n-grams kept of each length: 6 MiB in all."""
+NOTHING = -1
+
+FORGET = 0.98
+"""Weight of what was seen before, each time that guesses of an n-gram length are verified."""
+PRIOR = (0.8, 0.7, 0.6, 0.5)
+"""Part of the guesses that is expected to hold, by n-gram length, before any was verified; worth `TRUST` guesses."""
+TRUST = 4.0
+MOST = 0.97
+"""No guess is surer than this."""
+
+
+@frozen
+class Guesses:
+    """For D rows, two continuations: after the longest repetition, and after a shorter one that goes on otherwise."""
+
+    tokens: np.ndarray
+    """int32 [D, 2, DEPTH], -1 behind the end."""
+    chances: np.ndarray
+    """float64 [D, 2, DEPTH]: how likely each guess, with all before it, will hold; 0 where there is none. What the
+    second has in common with the first counts there."""
+    fork: np.ndarray
+    """[D] how many guesses both begin with."""
+    level: np.ndarray
+    """[D] which of LENGTHS the first was found by."""
+
+
+class Drafts:
+    """The text of the running sequences, which stays in the columns, and of those that ended."""
+
+    def __init__(self, columns: Columns):
+        self.columns = columns
+        self.waited = 0
+        """Steps since guesses that did not seem to pay were last tried."""
+        self.rest = self.pause = 0
+        """Steps that nothing is looked for, and how many of them a vain look is worth: more after each, none after a
+        good one."""
+        self._table: np.ndarray | None = None
+
+    def _begin(self) -> None:
+        capacity, rng = self.columns.capacity, np.random.default_rng(0)
+        self._live = self.columns.tokens.size
+        self._table = np.full(len(LENGTHS) * HISTORY + 1, NOTHING, np.int64)
+        """Hash of an n-gram -> where the text goes on, one part for each length; the last entry takes what is none."""
+        self._text = np.full(HISTORY, NOTHING, np.int32)
+        """A ring; sequences are parted by -1."""
+        self._tenant = np.zeros(HISTORY, np.int64)
+        self._head = 0
+        self._factors = rng.integers(1, 2**63, (LONGEST, len(LENGTHS)), np.uint64) | np.uint64(1)
+        self._inside = np.arange(LONGEST)[:, None] >= LONGEST - np.array(LENGTHS)
+        self._factors *= self._inside
+        self._part = np.arange(len(LENGTHS)) * HISTORY
+        self._number = np.full(capacity, NOTHING, np.int64)
+        self._sample = np.zeros(capacity, np.int64)
+        self._seen = np.zeros(capacity, np.int64)
+        """Tokens of the row whose n-grams are in the table: all but the last, behind which nothing is known yet."""
+        self._held, self._tried = np.zeros(capacity), np.zeros(capacity)
+        self._level = np.zeros(capacity, np.int64)
+        self.held, self.tried = np.array(PRIOR) * TRUST, np.full(len(LENGTHS), TRUST)
+        """Guesses that held, and that were verified behind ones that held, by n-gram length; older ones count less."""
+
+    # text comes and goes
+
+    def follow(self, rows: np.ndarray) -> np.ndarray:
+        """Take in what these rows got since they were last seen. Returns where their ends were seen before: int64
+        [D, LENGTHS], -1 for nowhere."""
+        if self._table is None:
+            self._begin()
+        c = self.columns
+        fresh = (self._number[rows] != c.number[rows]) | (self._sample[rows] != c.sample[rows])
+        if fresh.any():
+            new = rows[fresh]
+            self._number[new], self._sample[new] = c.number[new], c.sample[new]
+            self._seen[new] = self._held[new] = self._tried[new] = 0
+        lag = c.length[rows] - self._seen[rows]
+        last = np.cumsum(lag) - 1
+        owner = np.repeat(rows, lag)
+        ends = c.length[owner] - (np.repeat(last, lag) - np.arange(len(owner)))
+        self._seen[rows] = c.length[rows] - 1
+        at = ends[:, None] + np.arange(-LONGEST, 0)
+        entries = self._entries(c.tokens[owner[:, None], np.maximum(at, 0)], c.tenant[owner], ends)
+        places = owner * c.max_length + ends
+        table, before = self._table, np.ones(len(owner), bool)
+        before[last] = False
+        table[entries[before]] = places[before, None]
+        table[-1] = NOTHING
+        return table[entries[last]]
+
+    def _entries(self, windows: np.ndarray, tenants: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Table entries int64 [K, LENGTHS] of the n-grams at the end of windows [K, LONGEST]; the text before that end
+        has `lengths` tokens."""
+        mixed = (windows.astype(np.uint64) + np.uint64(1)) @ self._factors
+        mixed += tenants.astype(np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        entries = (mixed >> np.uint64(64 - HISTORY.bit_length() + 1)).astype(np.int64) + self._part
+        return np.where(lengths[:, None] >= np.array(LENGTHS), entries, len(self._table) - 1)
+
+    def ended(self, row: int) -> None:
+        """Keep the text of a row whose sequence ends."""
+        if self._table is None:
+            return
+        c, count = self.columns, min(int(self.columns.length[row]), HISTORY // 4)
+        if self._head + count + 1 > HISTORY:
+            self._text[self._head :], self._head = NOTHING, 0
+        begin = self._head
+        text = c.tokens[row, c.length[row] - count : c.length[row]]
+        self._text[begin : begin + count], self._text[begin + count] = text, NOTHING
+        self._tenant[begin : begin + count] = c.tenant[row]
+        self._head += count + 1
+        if count <= LENGTHS[-1]:
+            return
+        ends = np.arange(1, count)
+        windows = text[np.maximum(ends[:, None] + np.arange(-LONGEST, 0), 0)]
+        entries = self._entries(windows, np.full(count - 1, c.tenant[row]), ends)
+        self._table[entries] = (self._live + begin + ends)[:, None]
+        self._table[-1] = NOTHING
+
+    def _read(self, places: np.ndarray) -> np.ndarray:
+        """The tokens there; -1 where the text has ended."""
+        c, live = self.columns, places < self._live
+        here, there = np.where(live, places, 0), np.clip(places - self._live, 0, HISTORY - 1)
+        row, at = np.divmod(here, c.max_length)
+        known = np.where(at < c.length[row], c.tokens[row, at], NOTHING)
+        return np.where(live, known, self._text[there])
+
+    def _tenants(self, places: np.ndarray) -> np.ndarray:
+        c, live = self.columns, places < self._live
+        there = np.clip(places - self._live, 0, HISTORY - 1)
+        return np.where(live, c.tenant[np.where(live, places, 0) // c.max_length], self._tenant[there])
+
+    # guesses
+
+    def guess(self, rows: np.ndarray, found: np.ndarray) -> Guesses | None:
+        """What may follow these rows, where `follow` found something; None where nothing stands the test: the hash may
+        lie, the text may have changed, the tenant may be another."""
+        c = self.columns
+        ends = c.length[rows]
+        windows = c.tokens[rows[:, None], np.maximum(ends[:, None] + np.arange(-LONGEST, 0), 0)]
+        back = np.arange(-LONGEST, 0)
+        there = self._read(np.maximum(found[:, :, None] + back, 0))
+        same = (there == windows[:, None]) | ~self._inside.T
+        good = (found >= 0) & same.all(2) & (self._tenants(found) == c.tenant[rows][:, None])
+        good &= self._read(np.maximum(found, 0)) != NOTHING
+        if not good.any():
+            return None
+        level = good.argmax(1)
+        d = np.arange(len(rows))
+        other = good & (found != found[d, level][:, None])
+        second = other.argmax(1)
+        levels = np.stack([level, second], 1)
+        there = np.stack([good.any(1), other.any(1)], 1)
+        tokens = self._continue(rows, found[d[:, None], levels], there)
+        same = (tokens[:, 0] == tokens[:, 1]).cumprod(1)
+        fork = same.sum(1)
+        chances = self._chances(rows, levels, tokens, fork)
+        return Guesses(tokens, chances, fork, level)
+
+    def _continue(self, rows: np.ndarray, places: np.ndarray, there: np.ndarray) -> np.ndarray:
+        """Tokens [D, 2, DEPTH] from these places on. A row that repeats itself goes round: what it repeats may be
+        shorter than what is guessed."""
+        c, forward = self.columns, np.arange(DEPTH)
+        period = rows[:, None] * c.max_length + c.length[rows][:, None] - places
+        own = (places < self._live) & (places // c.max_length == rows[:, None])
+        ahead = np.where(own[..., None], forward % np.maximum(period, 1)[..., None], forward)
+        tokens = self._read(np.minimum(places[..., None] + ahead, self._live + HISTORY - 1))
+        tokens[~there] = NOTHING
+        return np.where((tokens == NOTHING).cumsum(2) > 0, NOTHING, tokens)
+
+    def _chances(self, rows, levels, tokens, fork) -> np.ndarray:
+        of_level = self.held / self.tried
+        held = self._held[rows][:, None] + TRUST * of_level[levels]
+        each = np.minimum(held / (self._tried[rows][:, None] + TRUST), MOST)[..., None]
+        depth = np.arange(DEPTH)
+        along = each ** (depth + 1)
+        instead = (1 - each[:, 0]) * each[:, 0] ** fork[:, None]
+        apart = depth - fork[:, None]
+        along[:, 1] = instead * each[:, 1] ** np.maximum(apart + 1, 1)
+        c = self.columns
+        left = np.minimum(c.limit[rows], c.max_length) - c.length[rows] - 1
+        allowed = (tokens != NOTHING) & (depth < left[:, None, None])
+        allowed[:, 1] &= (apart >= 0) & (apart < DEPTHS[1])
+        return np.where(allowed, along, 0.0)
+
+    def write(self, rows: np.ndarray, guesses: Guesses, chosen: np.ndarray) -> None:
+        """Put the chosen guesses, bool [D, 2, DEPTH], into the columns. Python work for the rows that have some."""
+        c = self.columns
+        first, second = chosen.sum(2).T.tolist()
+        for i in np.flatnonzero(chosen.any((1, 2))).tolist():
+            row, a, b, fork = int(rows[i]), first[i], second[i], int(guesses.fork[i])
+            c.drafted[row], self._level[row] = a + b, guesses.level[i]
+            c.draft_tokens[row, :a] = guesses.tokens[i, 0, :a]
+            c.draft_parents[row, :a] = np.arange(a)
+            c.draft_tokens[row, a : a + b] = guesses.tokens[i, 1, fork : fork + b]
+            c.draft_parents[row, a : a + b] = [fork, *range(a + 1, a + b)][:b]
+
+    def learn(self, trees: Trees, nodes: np.ndarray) -> None:
+        """How far the first continuation of each tree held."""
+        rows, cells = trees.rows[nodes], trees.cells[nodes]
+        along = (cells > 0) & (cells == trees.depths[nodes])
+        capacity = self.columns.capacity
+        held = np.bincount(rows[along], minlength=capacity)
+        first = (trees.cells > 0) & (trees.cells == trees.depths)
+        guessed = np.bincount(trees.rows[first], minlength=capacity)
+        rows = np.flatnonzero(guessed)
+        held, tried = held[rows], np.minimum(held[rows] + 1, guessed[rows])
+        self._held[rows] = FORGET**4 * self._held[rows] + held
+        self._tried[rows] = FORGET**4 * self._tried[rows] + tried
+        levels = self._level[rows]
+        kept = FORGET ** np.bincount(levels, minlength=len(LENGTHS))
+        self.held = self.held * kept + np.bincount(levels, held, len(LENGTHS))
+        self.tried = self.tried * kept + np.bincount(levels, tried, len(LENGTHS))
