@@ -61,20 +61,20 @@ def compare(
     config: EngineConfig, waves: Sequence[Sequence[Sequence[int]]], how: SamplingParams, repeats: int
 ) -> dict[str, float]:
     """Seconds of both engines over waves of prompts, each wave at once; medians over `repeats`, after one more that
-    compiles what is needed. Tokens must be equal."""
+    compiles what is needed. `different` counts the outputs, of all repeats, that are not the same: in short dtypes the
+    products of more rows round otherwise, as they do in a larger batch."""
     named = str(passes.pipeline(config.pipeline)).split(",")
     if not any(name.partition("{")[0] == PASS for name in named):
         raise UserError(f"pipeline {config.pipeline!r} lacks {PASS}; accepted: one that has it")
     without = ",".join(name for name in named if name.partition("{")[0] != PASS)
-    seconds, stats = [], None
+    seconds, stats, different = [], None, 0
     for _ in range(repeats + 1):
         cores = [EngineCore(config.changed(pipeline=p)) for p in (without, config.pipeline)]
         both = np.zeros(2)
         for number, wave in enumerate(waves):
             took, told = zip(*(_serve(core, wave, how, number) for core in cores))
             both += took
-            if told[0] != told[1]:
-                raise UserError(f"the outputs of wave {number} differ; accepted: equal ones")
+            different += sum(one != other for one, other in zip(*told))
         seconds.append(both)
         stats = cores[1].stats()
     plain, guessing = np.array(seconds[1:]).T
@@ -88,6 +88,7 @@ def compare(
         "verify_steps": stats.verify_steps,
         "drafted": stats.drafted,
         "accepted": stats.accepted,
+        "different": different,
     }
 
 

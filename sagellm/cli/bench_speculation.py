@@ -9,6 +9,7 @@ from sagellm.cli.options import MODEL, MODEL_NAMES, engine_config, options, take
 
 COLUMNS = (
     "workload", "requests", "plain_s", "guessing_s", "ratio", "least", "steps", "verify_steps", "drafted", "accepted",
+    "different",
 )  # fmt: skip
 
 
@@ -20,7 +21,8 @@ COLUMNS = (
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 @JSON
 def speculation(output: int, requests: int, batch: int, repeats: int, as_json: bool, **given) -> None:
-    """Code edits one by one, random prompts one by one and once more, and a batch of random texts.
+    """Code edits one by one (where the model has a tokenizer), random prompts one by one and once more, and a batch of
+    random texts.
 
     Both engines serve a wave of requests before the next; seconds are medians, `ratio` is plain over guessing.
     """
@@ -32,12 +34,12 @@ def speculation(output: int, requests: int, batch: int, repeats: int, as_json: b
     config = engine_config(take(given, MODEL_NAMES))
     with SageLLMEngine(config=config) as engine:
         vocabulary = engine.vocab_size
-        edits = measure.edits(requests, lambda text: engine.tokenizer.encode(text))
+        edits = measure.edits(requests, engine.tokenizer.encode) if engine.tokenizer else []
     greedy = SamplingParams(max_tokens=output, ignore_eos=True)
     drawn = SamplingParams(max_tokens=2 * output, ignore_eos=True, temperature=1.0)
     some = measure.unlike(requests, 32, vocabulary)
     waves = {
-        "edits": ([[prompt] for prompt in edits], greedy),
+        **({"edits": ([[prompt] for prompt in edits], greedy)} if edits else {}),
         "again": ([[prompt] for prompt in (*some, *some)], greedy),
         f"random x{batch}": ([measure.unlike(batch, 32, vocabulary)], drawn),
     }

@@ -7,7 +7,7 @@ Weights, cache and the compiled model functions come from outside; the executor 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,7 +179,7 @@ class Executor:
 
     def rows(self, *arguments: GroupRef | None) -> Any:
         groups = [group for group in arguments if group is not None]
-        trees = groups[0].trees
+        trees = _trees(groups)
         if trees is not None:
             rows = tree_rows(self._batch, trees)
         else:
@@ -188,7 +188,7 @@ class Executor:
         return self.backend.upload(rows, self.columns.block_size)
 
     def sampling(self, *groups: GroupRef) -> SimpleNamespace | None:
-        c, trees = self.columns, groups[0].trees
+        c, trees = self.columns, _trees(groups)
         rows = self._batch.output_rows() if trees is None else trees.rows
         if not c.stages[rows].any():
             return None
@@ -256,7 +256,7 @@ class Executor:
         return result
 
     def commit(self, chosen: Chosen, *groups: GroupRef) -> None:
-        c, batch, trees, nodes = self.columns, self._batch, groups[0].trees, chosen.nodes
+        c, batch, trees, nodes = self.columns, self._batch, _trees(groups), chosen.nodes
         if nodes is not None:
             rows, members = trees.rows[nodes], batch.decode
             positions, counts = c.length[rows] + trees.depths[nodes], _taken_by(members, trees, nodes)
@@ -274,6 +274,11 @@ class Executor:
             rows, chosen.tokens, positions, self.forwarded, chosen.logits, chosen.prompt_logits,
             *self._prompts, trees, nodes,
         )  # fmt: skip
+
+
+def _trees(groups: Sequence[GroupRef]) -> Trees | None:
+    """Of the group that speculates: it is alone in its step."""
+    return groups[0].trees if groups else None
 
 
 def _taken_by(members: np.ndarray, trees: Trees, nodes: np.ndarray) -> np.ndarray:

@@ -35,6 +35,16 @@ def test_latency_of_single_requests_and_of_a_short_one_behind_a_long_one(model):
     assert set(behind) == {"ttft_200_tokens_ms", "ttft_5_tokens_ms", "ttft_5_tokens_behind_ms"}
 
 
+def test_guessing_is_compared_with_plain_steps(model):
+    """The model has no tokenizer, so there are no code edits."""
+    again, batch = results(
+        "speculation", "-m", model, "--output", "12", "--requests", "2", "--batch", "3", "--repeats", "1"
+    )
+    assert again["workload"] == "again" and again["accepted"] > 0 and again["steps"] < 48
+    assert batch["workload"] == "random x3" and batch["requests"] == 3
+    assert again["different"] == batch["different"] == 0 and min(again["ratio"], batch["ratio"]) > 0
+
+
 def test_throughput_counts_every_token(model):
     (one,) = results("throughput", "-m", model, "--prompt", "9:12", "--output", "3", "--requests", "10")
     assert one["requests"] == 10

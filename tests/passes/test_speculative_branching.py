@@ -15,6 +15,7 @@ from sagellm.batch import Batch, Columns, Phase, Request, SamplingParams
 from sagellm.drafts import Drafts
 from sagellm.engine.engine import SageLLMEngine
 from sagellm.engine.planner import Planner
+from sagellm.engine.record import replay
 from sagellm.ir.lower import lower, step_graph
 from sagellm.meaning.check import MeaningChanged, check_batch_passes
 from sagellm.models.decoder import build_model
@@ -261,3 +262,25 @@ def test_sequences_with_guesses_stand_last():
     SpeculativeBranching().decide(batch, view)
     drafted = batch.columns.drafted[batch.decode]
     assert drafted[0] == 0 and (drafted[1:] > 0).all() and batch.decode[0] == 1
+
+
+def test_a_step_that_verified_guesses_runs_again_from_disk(folder, tmp_path):
+    core = make_core(folder, EAGER, block_size=4, max_length=100, record=tmp_path)
+    for _ in range(2):
+        serve(core, [repetitive(1), repetitive(2)], SamplingParams(max_tokens=20))
+    verified = [path for path in sorted(tmp_path.glob("*.mlir")) if "spec.verify" in path.read_text()]
+    several = 0
+    for path in verified[-6:]:
+        again = replay(path)
+        assert again.recorded_tokens.tolist() == again.outcome.tokens.tolist()
+        assert again.difference < 1e-4
+        several += len(again.outcome.tokens) > 2
+    assert several
+
+
+def test_checks_while_serving_find_speculating_steps_equal(folder):
+    core = make_core(folder, EAGER, max_length=100, check_passes=1)
+    for _ in range(2):
+        serve(core, [repetitive(1)[:9]], SamplingParams(max_tokens=12))
+    stats = core.stats()
+    assert stats.accepted > 0 and stats.checked == {"equal": stats.steps}
