@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from enum import IntEnum, IntFlag
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 from attrs import define, field
@@ -227,6 +228,12 @@ class Columns:
         self.leader = np.full(capacity, -1, np.int32)
         """This step: the row that computes this row's first `shared` new tokens, or -1."""
         self.shared = np.zeros(capacity, np.int32)
+        self.cohort = np.full(capacity, -1, np.int32)
+        """This step: which decode rows read the first `common` tokens together; a number that they have in common."""
+        self.common = np.zeros(capacity, np.int32)
+        """This step: tokens of whole blocks that the row reads with its cohort."""
+        self.kept: dict[str, Any] = {}
+        """What a pass found out and looks at again in the next step, by its name."""
         self.stages = np.zeros(capacity, np.int32)
         self.temperature = np.zeros(capacity, np.float32)
         self.top_k = np.zeros(capacity, np.int64)
@@ -264,7 +271,8 @@ class Columns:
         self.limit[row] = min(len(request.prompt) + how.max_tokens, self.max_length)
         self.minimum[row] = len(request.prompt) + how.min_tokens
         self.context[row] = self.computed[row] = self.owned[row] = self.new[row] = self.shared[row] = 0
-        self.leader[row] = -1
+        self.leader[row] = self.cohort[row] = -1
+        self.common[row] = 0
         self.stages[row] = Stage.of(how)
         self.temperature[row] = how.temperature
         self.top_k[row] = how.top_k
@@ -331,7 +339,8 @@ class Batch:
     def table(self, phase: Phase) -> dict[str, np.ndarray]:
         """The group's values as a dump shows them."""
         rows, c = self.rows(phase), self.columns
-        names = ("length", "context", "new") + (("leader", "shared") if phase is Phase.PREFILL else ())
+        names = ("length", "context", "new")
+        names += ("leader", "shared") if phase is Phase.PREFILL else ("cohort", "common")
         return {"row": rows} | {name: getattr(c, name)[rows] for name in names}
 
     def output_rows(self) -> np.ndarray:

@@ -23,6 +23,7 @@ from sagellm.passes.driver import StepView
 from sagellm.runtime.kv import KVManager
 from sagellm.runtime.scheduler import Scheduler
 from sagellm.schemas import KVCacheSchema
+from sagellm.target import AttentionShape
 
 
 def available_memory() -> int:
@@ -55,7 +56,7 @@ class Planner:
         )
         self.kv_schema = resolve_kv_schema(kv_schema, self.backend.capability, default, self.dtype)
         self.compiler = Compiler(self.model, self.backend, self.pipeline, self.dtype, config.verify)
-        self.view = StepView(self.backend.costs)
+        self.view = StepView(self.backend.costs, self._attention())
         self.columns = Columns(config.max_sequences, self._max_length(), self.kv_schema.block_size)
         if self.model.rope.kind == "dynamic":
             self.columns.alike_up_to = self.model.rope.original_max_positions
@@ -76,6 +77,16 @@ class Planner:
         )
         self._numbers = count()
         self._seeds = np.random.default_rng(config.seed)
+
+    def _attention(self) -> AttentionShape:
+        m = self.model
+        return AttentionShape(
+            heads=m.num_heads,
+            kv_heads=m.num_kv_heads,
+            head_dim=m.head_dim,
+            layers=m.windows.count(None),
+            dtype=self.kv_schema.dtype,
+        )
 
     def _max_length(self) -> int:
         asked, limit = self.config.max_length, self.model.max_positions

@@ -23,7 +23,7 @@ from sagellm.ir.attrs import TableAttr
 from sagellm.ir.check import describe
 from sagellm.ir.edit import only_block, operations
 from sagellm.ir.graph import IRGraph
-from sagellm.target import CapabilityDescriptor, CostModel
+from sagellm.target import AttentionShape, CapabilityDescriptor, CostModel
 
 
 @frozen
@@ -56,6 +56,8 @@ class StepView:
     """What a pass may see beside the columns when it decides about a step."""
 
     costs: CostModel = field(factory=CostModel)
+    attention: AttentionShape | None = None
+    """None where no model is known."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,10 +25,11 @@ from sagellm.runtime.kv import KVManager
 
 @frozen
 class GroupRef:
-    """The value of `batch.group`: a phase of the batch, and whether beginnings are shared."""
+    """The value of `batch.group`: a phase of the batch, and whether beginnings are shared or read together."""
 
     phase: Phase
     shared: bool = False
+    cascade: bool = False
 
 
 @define
@@ -110,6 +111,9 @@ class Executor:
     def share(self, group: GroupRef) -> GroupRef:
         return evolve(group, shared=True)
 
+    def cascade(self, group: GroupRef) -> GroupRef:
+        return evolve(group, cascade=True)
+
     def evict(self) -> None:
         self.kv.moves.evict.clear()
 
@@ -144,8 +148,9 @@ class Executor:
                 self.cache.clear(taken)
 
     def rows(self, *arguments: GroupRef | None) -> Any:
-        shared = any(group is not None and group.shared for group in arguments)
-        rows = build_rows(self._batch, shared=shared)
+        groups = [group for group in arguments if group is not None]
+        shared, cascade = any(g.shared for g in groups), any(g.cascade for g in groups)
+        rows = build_rows(self._batch, shared=shared, cascade=cascade)
         self._forwarded, self._prompts = rows.forwarded, (rows.prompt_rows, rows.prompt_positions)
         return self.backend.upload(rows, self.columns.block_size)
 
@@ -228,6 +233,7 @@ HOST: dict[str, Callable] = {
     "kv.copy": Executor.copy,
     "batch.group": Executor.group,
     "batch.share": Executor.share,
+    "batch.cascade": Executor.cascade,
     "kv.allocate": Executor.allocate,
     "batch.rows": Executor.rows,
     "batch.sampling": Executor.sampling,

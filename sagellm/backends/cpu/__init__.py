@@ -7,7 +7,8 @@ import torch
 from sagellm.backends.base import Backend
 from sagellm.backends.cpu import native
 from sagellm.backends.cpu.codegen import HEADER, KERNELS, LOADS
-from sagellm.backends.cpu.kernels import CpuCache, CpuRows, packs
+from sagellm.backends.cpu.columns import CpuRows
+from sagellm.backends.cpu.kernels import CpuCache, packs
 from sagellm.backends.emit import emit_program
 from sagellm.backends.plan import Program
 from sagellm.ir.graph import IRGraph
@@ -40,6 +41,7 @@ class CpuBackend(Backend):
             flops={"float32": 1.3e11, "bfloat16": 2.5e11, "float16": 5e10},
             bytes_per_second=3.1e10,
             call=1e-5,
+            narrow=0.65,
             source="two cores of a Zen 4 server, docs/performance.md",
         )
 

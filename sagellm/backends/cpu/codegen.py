@@ -45,11 +45,15 @@ def _rms_norm(e: Emitter, op: Operation) -> str:
 
 def _attention(e: Emitter, op: Operation) -> str:
     q, rows = op.operands
-    phases = [word for word in rows.type.data if word in ("decode", "prefill")]
-    kernel = "mixed" if len(phases) == 2 else phases[0]
-    window = e.value(op, "window")
-    more = "" if window is None else f", window={window}"
-    return f"cpu.{kernel}_attention({e.name(q)}, kv, {e.name(rows)}, {literal(e.value(op, 'scale'))}{more})"
+    words, window = rows.type.data, e.value(op, "window")
+    arguments = f"{e.name(q)}, kv, {e.name(rows)}, {literal(e.value(op, 'scale'))}"
+    if window is not None:
+        arguments += f", window={window}"
+    if "decode" not in words:
+        return f"cpu.prefill_attention({arguments})"
+    # Behind a window rows see different parts of what they share.
+    kernel = f"{_module(op)}.{'cascade' if 'cascade' in words and window is None else 'decode'}_attention"
+    return f"cpu.mixed_attention({kernel}, {arguments})" if "prefill" in words else f"{kernel}({arguments})"
 
 
 def _split(e: Emitter, op: Operation) -> str:

@@ -6,6 +6,7 @@ docs/performance.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from sagellm.backends.cpu.columns import CpuRows
 from sagellm.backends.cpu.memory import bound_primitive_caches, huge_pages
 from sagellm.config import KVCacheSchema
 
@@ -63,15 +65,15 @@ def kv_write(kv: tuple[Tensor, Tensor], k: Tensor, v: Tensor, rows) -> None:
 
 
 def decode_attention(
-    q: Tensor, kv: tuple[Tensor, Tensor], rows, scale: float, window: int | None = None
+    q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float, window: int | None = None
 ) -> Tensor:
-    """One query a sequence, [D, H * D]: the query heads of a KV head are rows of one product."""
+    """One query a sequence, [D, H * head size]: the query heads of a KV head are rows of one product."""
     keys, values = kv
     kv_heads, head_dim = keys.shape[2], keys.shape[3]
-    count = rows.decode_count
+    count, blocks = rows.decode_count, rows.decode_blocks.view(-1)
     q = q.view(count, kv_heads, -1, head_dim)
-    k = keys.index_select(0, rows.decode_blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
-    v = values.index_select(0, rows.decode_blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
+    k = keys.index_select(0, blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
+    v = values.index_select(0, blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
     mask = None
     if count == 1:
         first = 0 if window is None else max(0, rows.longest - window)
@@ -81,8 +83,42 @@ def decode_attention(
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(count, -1)
 
 
+def cascade_attention(q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float) -> Tensor:
+    """As `decode_attention`; what a cohort shares is one product for all of its rows (Juravsky et al. 2024)."""
+    keys, values = kv
+    kv_heads, head_dim = keys.shape[2], keys.shape[3]
+    count = rows.decode_count
+    blocks, mask = rows.own_blocks()
+    q = q.view(count, kv_heads, -1, head_dim)
+    k = keys.index_select(0, blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
+    v = values.index_select(0, blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
+    out, lse = _softmax_part(q, k, v, scale, mask)
+    for members, shared in rows.cohorts:
+        k = keys.index_select(0, shared).view(-1, kv_heads, head_dim).transpose(0, 1)
+        v = values.index_select(0, shared).view(-1, kv_heads, head_dim).transpose(0, 1)
+        queries = q[members].transpose(0, 1).reshape(kv_heads, -1, head_dim)
+        begin, more = (
+            x.view(kv_heads, len(members), -1, x.shape[-1]).transpose(0, 1)
+            for x in _softmax_part(queries, k, v, scale)
+        )
+        share = torch.sigmoid(more - lse[members])
+        out[members] = torch.lerp(out[members], begin, share)
+    return out.to(q.dtype).reshape(count, -1)
+
+
+def _softmax_part(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over a part of the keys, float32, and the log of its softmax's denominator [..., queries, 1]."""
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if mask is not None:
+        scores = scores + mask
+    lse = scores.logsumexp(-1, keepdim=True)
+    return (scores - lse).exp_() @ v.float(), lse
+
+
 def prefill_attention(
-    q: Tensor, kv: tuple[Tensor, Tensor], rows, scale: float, window: int | None = None
+    q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float, window: int | None = None
 ) -> Tensor:
     """Many queries a sequence, [T, H * D], one product per sequence over its own blocks."""
     keys, values = kv
@@ -104,12 +140,17 @@ def prefill_attention(
 
 
 def mixed_attention(
-    q: Tensor, kv: tuple[Tensor, Tensor], rows, scale: float, window: int | None = None
+    decoding: Callable,
+    q: Tensor,
+    kv: tuple[Tensor, Tensor],
+    rows: CpuRows,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
-    """Decodes first on the token axis, then prefills."""
-    count = rows.decode_count
+    """Decodes first on the token axis, by the kernel given, then prefills."""
+    count, more = rows.decode_count, {} if window is None else {"window": window}
     return torch.cat([
-        decode_attention(q[:count], kv, rows, scale, window),
+        decoding(q[:count], kv, rows, scale, **more),
         prefill_attention(q[count:], kv, rows, scale, window),
     ])  # fmt: skip
 
@@ -177,40 +218,3 @@ class CpuCache(list):
 
     def copy(self, blocks: np.ndarray, copies: np.ndarray) -> None:
         self._all[:, :, torch.from_numpy(copies)] = self._all[:, :, torch.from_numpy(blocks)]
-
-
-class CpuRows:
-    """The step's columns as tensors that share memory with the numpy arrays they come from."""
-
-    def __init__(self, rows, block_size: int):
-        self.tokens = torch.from_numpy(rows.tokens)
-        self.positions = torch.from_numpy(rows.positions)
-        self.lengths = torch.from_numpy(rows.lengths)
-        self.slots = torch.from_numpy(rows.slots)
-        self.kv_source = None if rows.kv_source is None else torch.from_numpy(rows.kv_source)
-        self.outputs = torch.from_numpy(rows.outputs)
-        self.decode_count = len(rows.decode_lengths)
-        self.decode_blocks = torch.from_numpy(rows.decode_blocks.reshape(-1))
-        self._decode_lengths = rows.decode_lengths
-        self._width = rows.decode_blocks.shape[1] * block_size
-        self.longest = int(rows.decode_lengths.max()) if self.decode_count else 0
-        self.prefills = []
-        offsets = rows.prefill_offsets.tolist()
-        for i, length in enumerate(rows.prefill_lengths.tolist()):
-            first, end = offsets[i], offsets[i + 1]
-            blocks = torch.from_numpy(rows.prefill_blocks[i, : -(-length // block_size)])
-            self.prefills.append((first, end, length, blocks, end - first == length))
-        self._masks: dict = {}
-
-    def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[D, 1, 1, width]: 0 where a cached token is visible, -inf where not; made once a step."""
-        mask = self._masks.get(window)
-        if mask is None:
-            at = torch.arange(self._width)
-            lengths = torch.from_numpy(self._decode_lengths).view(-1, 1)
-            hidden = at >= lengths
-            if window is not None:
-                hidden |= at < lengths - window
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
-            self._masks[window] = mask
-        return mask

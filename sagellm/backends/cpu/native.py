@@ -1,4 +1,4 @@
-"""The fused kernels of native.c, compiled once for this machine and kept in the user's cache folder.
+"""The fused kernels of native.c and attention.c, compiled once for this machine and kept in the user's cache folder.
 
 Each function here has the meaning of its namesake in `kernels.py`, which serves where there is no C compiler and for
 types that native.c does not know. The code generator chooses, so the emitted text says which one runs.
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from sagellm.backends.cpu import kernels
+from sagellm.backends.cpu.columns import CpuRows, Parts
 from sagellm.backends.cpu.kernels import Packed
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.h", "native.c", "attention.c"))
 # -fopenmp finds the libgomp that torch has loaded, so both use one pool of threads.
 FLAGS = (
     "-O3",
@@ -43,6 +44,8 @@ SIGNATURES = {
     "rope": (P, L, P, P, L, L, L),
     "kv_write": (P, L, P, P, L, L),
     "gemv": (P, P, P, P, L, L),
+    "attend": (P, L, P, P, P, P, L, P, L, L, L, L, L, F, P, P),
+    "merge": (P, P, P, P, L, L, L),
 }
 
 
@@ -62,7 +65,14 @@ def library() -> ctypes.CDLL:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise Unavailable(f"no C compiler ({compiler}): {error}") from error
-    key = b"\0".join([SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode()])
+    key = b"\0".join(
+        [
+            *(source.read_bytes() for source in SOURCES),
+            version,
+            " ".join(FLAGS).encode(),
+            _processor().encode(),
+        ]
+    )
     path = cache_folder() / f"native-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not path.exists():
         _build(compiler, path)
@@ -90,7 +100,7 @@ def _build(compiler: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            command = [compiler, *FLAGS, *map(str, SOURCES[1:]), "-o", str(made), "-lm"]
             subprocess.run(command, capture_output=True, check=True, text=True)
             made.replace(path)
     except OSError as error:
@@ -200,3 +210,34 @@ def linear_onednn(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     at = None if bias is None else bias.data_ptr()
     _function("gemv", x.dtype)(x.data_ptr(), weight.address, at, y.data_ptr(), weight.outputs, x.shape[1])
     return y
+
+
+def decode_attention(
+    q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float, window: int | None = None
+) -> Tensor:
+    """One query a sequence, [D, H * head size], over the blocks where they lie."""
+    return _attend(q, kv, rows, rows.parts(window), scale)
+
+
+def cascade_attention(q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float) -> Tensor:
+    """As `decode_attention`; what a cohort shares is read once for all of its rows."""
+    return _attend(q, kv, rows, rows.cascade_parts(), scale)
+
+
+def _attend(q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, parts: Parts, scale: float) -> Tensor:
+    keys, values = kv
+    _, block_size, kv_heads, head_dim = keys.shape
+    heads, count = q.shape[1] // head_dim, rows.decode_count
+    out = torch.empty((len(parts.members), heads * head_dim), dtype=torch.float32)
+    lse = torch.empty((len(parts.members), heads), dtype=torch.float32)
+    _function("attend", q.dtype)(
+        q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), parts.members.data_ptr(),
+        rows.decode_blocks.data_ptr(), rows.decode_blocks.shape[1], parts.table.data_ptr(), len(parts.table),
+        kv_heads, heads // kv_heads, head_dim, block_size, scale, out.data_ptr(), lse.data_ptr(),
+    )  # fmt: skip
+    if parts.other is None:
+        return out.to(q.dtype)
+    joined = torch.empty((count, heads * head_dim), dtype=q.dtype)
+    f = _function("merge", q.dtype)
+    f(out.data_ptr(), lse.data_ptr(), parts.other.data_ptr(), joined.data_ptr(), count, heads, head_dim)
+    return joined
