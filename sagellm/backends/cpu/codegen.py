@@ -56,6 +56,13 @@ def _attention(e: Emitter, op: Operation) -> str:
     return f"cpu.mixed_attention({kernel}, {arguments})" if "prefill" in words else f"{kernel}({arguments})"
 
 
+def _rope_kv_write(e: Emitter, op: Operation) -> str:
+    norms = ""
+    if "eps" in op.properties:
+        norms = f", ({e.weight(op, 'q_norm')}, {e.weight(op, 'k_norm')}, {literal(e.value(op, 'eps'))})"
+    return f"{_module(op)}.rope_kv_write(kv, {e.names_of(op.operands)}, {e.value(op, 'head_dim')}{norms})"
+
+
 def _split(e: Emitter, op: Operation) -> str:
     sizes = [size.value.data for size in op.properties["sizes"].data]
     return f"{e.name(op.operands[0])}.split({sizes}, -1)"
@@ -104,6 +111,7 @@ KERNELS: dict[str, Line] = {
     "nn.rope_dynamic": _rope_dynamic,
     "nn.rope": lambda e, op: f"{_module(op)}.rope({e.names_of(op.operands)}, {e.value(op, 'head_dim')})",
     "nn.kv_write": _call("{m}.kv_write(kv, {0}, {1}, {2})"),
+    "nn.rope_kv_write": _rope_kv_write,
     "nn.attention": _attention,
     "nn.select_outputs": _call("{0}.index_select(0, {1}.outputs)"),
     "nn.argmax": _call("{0}.argmax(-1)"),

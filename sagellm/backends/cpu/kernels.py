@@ -64,6 +64,24 @@ def kv_write(kv: tuple[Tensor, Tensor], k: Tensor, v: Tensor, rows) -> None:
     values.view(-1, width).index_copy_(0, rows.slots, v)
 
 
+def rope_kv_write(
+    kv: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: Tensor,
+    rows: CpuRows,
+    head_dim: int,
+    norms: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """Norms of the heads where there are some, rotation, and keys and values to the cache."""
+    if norms is not None:
+        q, k = head_norm(q, norms[0], norms[2]), head_norm(k, norms[1], norms[2])
+    q, k = rope(q, k, angles, head_dim)
+    kv_write(kv, k, v, rows)
+    return q
+
+
 def decode_attention(
     q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float, window: int | None = None
 ) -> Tensor:

@@ -134,6 +134,45 @@ void NAME(rope)(const T *x, long stride, const float *angles, T *y, long rows, l
     }
 }
 
+/* One head: normalised if there are weights w, then rotated; d numbers. */
+static void NAME(turned)(const T *in, const T *w, float eps, const float *angles, T *out, long d) {
+    long half = d / 2;
+    float sum = 0, wide[d];
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < d; i++) {
+        wide[i] = UP(in[i]);
+        sum += wide[i] * wide[i];
+    }
+    float scale = 1.0f / sqrtf(sum / d + eps);
+    if (w)
+        for (long i = 0; i < d; i++) wide[i] *= scale * UP(w[i]);
+#pragma omp simd
+    for (long i = 0; i < half; i++) {
+        out[i] = DOWN(wide[i] * angles[i] - wide[i + half] * angles[i + half]);
+        out[i + half] = DOWN(wide[i + half] * angles[i] + wide[i] * angles[i + half]);
+    }
+}
+
+/* y = rotated q, contiguous; rotated k and v go to slots of the cache. Behind the rows' own slots, `copies` others get
+ * what the row source[r] wrote. Norms may be null. */
+void NAME(rope_kv_write)(const T *q, long q_stride, const T *k, long k_stride, const T *v, long v_stride,
+                         const float *angles, const T *q_norm, const T *k_norm, float eps, T *y, T *keys, T *values,
+                         const int64_t *slots, const int64_t *source, long rows, long copies, long heads,
+                         long kv_heads, long d) {
+    long n = kv_heads * d;
+    for (long r = 0; r < rows; r++) {
+        for (long h = 0; h < heads; h++)
+            NAME(turned)(q + r * q_stride + h * d, q_norm, eps, angles + r * d, y + (r * heads + h) * d, d);
+        for (long h = 0; h < kv_heads; h++)
+            NAME(turned)(k + r * k_stride + h * d, k_norm, eps, angles + r * d, keys + slots[r] * n + h * d, d);
+        memcpy(values + slots[r] * n, v + r * v_stride, n * sizeof(T));
+    }
+    for (long r = rows; r < rows + copies; r++) {
+        memcpy(keys + slots[r] * n, keys + slots[source[r]] * n, n * sizeof(T));
+        memcpy(values + slots[r] * n, values + slots[source[r]] * n, n * sizeof(T));
+    }
+}
+
 /* cache[slots[r]] = x[r]; rows of x are `stride` apart, those of the cache n. */
 void NAME(kv_write)(const T *x, long stride, T *cache, const int64_t *slots, long rows, long n) {
     for (long r = 0; r < rows; r++) memcpy(cache + slots[r] * n, x + r * stride, n * sizeof(T));

@@ -43,6 +43,7 @@ SIGNATURES = {
     "silu_mul": (P, P, L, L),
     "rope": (P, L, P, P, L, L, L),
     "kv_write": (P, L, P, P, L, L),
+    "rope_kv_write": (P, L, P, L, P, L, P, P, P, F, P, P, P, P, P, L, L, L, L, L),
     "gemv": (P, P, P, P, L, L),
     "attend": (P, L, P, P, P, P, L, P, L, L, L, L, L, F, P, P),
     "merge": (P, P, P, P, L, L, L),
@@ -183,6 +184,31 @@ def kv_write(kv: tuple[Tensor, Tensor], k: Tensor, v: Tensor, rows) -> None:
     count, width = k.shape
     f(k.data_ptr(), k.stride(0), kv[0].data_ptr(), slots, count, width)
     f(v.data_ptr(), v.stride(0), kv[1].data_ptr(), slots, count, width)
+
+
+def rope_kv_write(
+    kv: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: Tensor,
+    rows: CpuRows,
+    head_dim: int,
+    norms: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """Queries rotated, keys rotated and written with the values; all [T, heads * D], rows may be apart."""
+    count, width = q.shape
+    y = torch.empty((count, width), dtype=q.dtype)
+    q_norm, k_norm, eps = (
+        (None, None, 0.0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr(), norms[2])
+    )
+    source = None if rows.kv_source is None else rows.kv_source.data_ptr()
+    _function("rope_kv_write", q.dtype)(
+        q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), angles.data_ptr(),
+        q_norm, k_norm, eps, y.data_ptr(), kv[0].data_ptr(), kv[1].data_ptr(), rows.slots.data_ptr(), source,
+        count, len(rows.slots) - count, width // head_dim, k.shape[1] // head_dim, head_dim,
+    )  # fmt: skip
+    return y
 
 
 def pack_onednn(weight: Tensor) -> Packed:
