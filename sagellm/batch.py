@@ -317,15 +317,17 @@ class Moves:
 class Batch:
     """One step: which rows decode, which prefill.
 
-    What passes decided is in the columns; the structure of it in `facts`, by phase; in words in `notes`, by pass.
+    What passes decided is in the columns; the structure of it in `facts`, by phase; in words in `notes`, by pass;
+    what they could have done and did not in `declines`.
     """
 
-    __slots__ = ("columns", "decode", "facts", "moves", "notes", "prefill")
+    __slots__ = ("columns", "declines", "decode", "facts", "moves", "notes", "prefill")
 
     def __init__(self, columns: Columns, decode: np.ndarray, prefill: np.ndarray):
         self.columns, self.decode, self.prefill = columns, decode, prefill
         self.facts: dict[Phase, tuple[str, ...]] = {}
         self.notes: dict[str, str] = {}
+        self.declines: dict[str, str] = {}
         self.moves = Moves()
 
     def rows(self, phase: Phase) -> np.ndarray:

@@ -36,7 +36,7 @@ class CostModel:
     """That large reads reach."""
     call: float = 1e-5
     """Seconds that a call takes beside its work."""
-    narrow: float = 1.0
+    narrow: float = 0.65
     """Part of `flops` that products of a few rows reach."""
     source: str = "assumed"
     """Where the figures come from."""

@@ -25,6 +25,8 @@ class Cohorts:
     common: np.ndarray
     gain: float
     """Seconds of a step."""
+    longest: int
+    """Tokens of whole blocks that two rows have in common, whether or not it pays to read them together."""
 
     def __bool__(self) -> bool:
         return bool(self.common.any())
@@ -43,7 +45,8 @@ def find_cohorts(c: Columns, rows: np.ndarray, gain: Gain) -> Cohorts:
     for first, last, blocks in taken:
         members = order[first : last + 1]
         cohort[members], common[members] = rows[members[0]], blocks * c.block_size
-    return Cohorts(cohort, common, total)
+    longest = int(alike.max()) * c.block_size if len(alike) else 0
+    return Cohorts(cohort, common, total, longest)
 
 
 def _neighbours(c: Columns, rows: np.ndarray, full: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -141,7 +141,7 @@ class Pipeline:
 
     def decide(self, batch: Batch, view: StepView) -> None:
         """Every batch pass decides about this step, anew."""
-        batch.facts, batch.notes = {}, {}
+        batch.facts, batch.notes, batch.declines = {}, {}, {}
         for p in self.deciding:
             p.decide(batch, view)
 

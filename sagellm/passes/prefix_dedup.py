@@ -15,7 +15,7 @@ from sagellm.ir.attrs import group_type, rows_type, word
 from sagellm.ir.dialects import batch as b
 from sagellm.ir.edit import insert_after, users
 from sagellm.ir.graph import IRGraph
-from sagellm.passes.cohorts import Cohorts, find_cohorts
+from sagellm.passes.cohorts import Cohorts, Gain, find_cohorts
 from sagellm.passes.driver import Pass, PassContext, StepView, rewrites
 from sagellm.target import AttentionShape, CostModel
 
@@ -94,15 +94,15 @@ class PrefixDedup(Pass):
         same = (rows.tobytes(), c.number[rows].tobytes(), c.sample[rows].tobytes())
         kept = c.kept.get(self.name)
         if kept is None or kept[0] != same or not _still_common(c, rows, kept[1]):
-            cohorts = find_cohorts(c, rows, partial(cascade_gain, view.costs, shape))
-            kept = c.kept[self.name] = (
-                same,
-                *_judge(cohorts, len(rows), view.costs.seconds(calls=shape.layers)),
-            )
+            gain, calls = partial(cascade_gain, view.costs, shape), view.costs.seconds(calls=shape.layers)
+            kept = c.kept[self.name] = (same, *_judge(find_cohorts(c, rows, gain), gain, calls))
         _, cohorts, note = kept
         c.cohort[rows], c.common[rows] = cohorts.cohort, cohorts.common
         if cohorts:
             _add_fact(batch, Phase.DECODE, CASCADE)
+        elif note:
+            batch.declines[self.name] = note
+            return None
         return note
 
     @rewrites(b.Group)
@@ -134,20 +134,23 @@ def cascade_gain(costs: CostModel, shape: AttentionShape, rows: int, tokens: int
     return alone - together - costs.seconds(moved=joined, calls=0)
 
 
-def _judge(cohorts: Cohorts, rows: int, calls: float) -> tuple[Cohorts, str | None]:
+def _judge(found: Cohorts, gain: Gain, calls: float) -> tuple[Cohorts, str | None]:
     """The cohorts, or none where they save less than the further `calls` take; and a word about it."""
-    if not cohorts:
-        return cohorts, None
-    together, common = int((cohorts.common > 0).sum()), int(cohorts.common.max())
-    count = len(np.unique(cohorts.cohort[cohorts.common > 0]))
-    gain = cohorts.gain - calls
-    what = (
-        f"{together} of {rows} decode rows, {count} cohorts, have up to {common} tokens of blocks in common"
+    if not found.longest:
+        return found, None
+    rows, cohorts = int((found.common > 0).sum()), len(np.unique(found.cohort[found.common > 0]))
+    predicted = (found.gain or gain(2, found.longest)) - calls
+    saved = f"(predicted: {predicted * 1e6:+.1f} us)"
+    if predicted > 0:
+        what = (
+            f"{rows} of {len(found.common)} decode rows read up to {int(found.common.max())} tokens together"
+        )
+        return found, f"{what}, in {cohorts} cohorts {saved}"
+    alone = evolve(found, common=np.zeros_like(found.common), gain=0.0)
+    return (
+        alone,
+        f"decode rows have up to {found.longest} tokens of blocks in common: too few to gain {saved}",
     )
-    if gain > 0:
-        return cohorts, f"{what} and read them together (predicted: {gain * 1e6:+.1f} us)"
-    alone = evolve(cohorts, common=np.zeros_like(cohorts.common), gain=0.0)
-    return alone, f"{what} and read them alone: together would lose (predicted: {gain * 1e6:+.1f} us)"
 
 
 def _still_common(c: Columns, rows: np.ndarray, cohorts: Cohorts) -> bool:
