@@ -8,13 +8,25 @@ import pytest
 ROOT = Path(__file__).parent.parent / "sagellm"
 
 LAYERS = [
-    {"errors", "checks", "documents", "batch", "rows", "random", "schemas", "target", "config", "__init__"},
+    {
+        "errors",
+        "checks",
+        "documents",
+        "batch",
+        "rows",
+        "random",
+        "schemas",
+        "target",
+        "ports",
+        "config",
+        "__init__",
+    },
     {"ir"},
     {"models", "passes"},
     {"backends"},
     {"compiler", "runtime", "meaning"},
     {"engine"},
-    {"bench"},
+    {"bench", "server"},
     {"cli", "testing", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

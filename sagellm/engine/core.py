@@ -6,7 +6,6 @@ Building one is told as stages: planner (folder, config, compiler) -> weights ->
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 
 from sagellm.batch import Batch
-from sagellm.compiler import expected_tensors
 from sagellm.config import EngineConfig
 from sagellm.engine.events import LENGTH, NOTHING, REASONS, STOP, Began, Failed, StepEvents, Token
 from sagellm.engine.load import Progress, load_weights
@@ -38,16 +36,16 @@ class EngineCore(Planner):
         self.counters, self.times = Counters(), Times()
         self._counted: set[tuple[str, ...]] = set()
         compiled = self.compiler.model(("prefill",))
-        expected = expected_tensors(compiled.graph)
         self.weights: SimpleNamespace = load_weights(
-            compiled.program, Checkpoint(self.folder), expected, progress
+            compiled.program, Checkpoint(self.folder), self.expected, progress
         )
         self.cache = self.backend.make_cache(self.kv_schema, len(self.kv.pool.references))
         block = self.kv_schema
-        parameters = sum(math.prod(shape) for shape in expected.values())
         self.swap = SwapOrRecompute(
             copy=self.backend.costs.seconds(moved=2 * block.bytes_per_block, calls=2),
-            compute=self.backend.costs.seconds(flops=2 * parameters * block.block_size, dtype=self.dtype),
+            compute=self.backend.costs.seconds(
+                flops=2 * self.parameters * block.block_size, dtype=self.dtype
+            ),
         )
         self.executor = Executor(
             self.backend, self.columns, self.kv, self.cache, self.weights, self._function

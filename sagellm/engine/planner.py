@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from itertools import count
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from sagellm import backends, passes
 from sagellm.backends.base import Backend
 from sagellm.batch import Batch, Columns, Request
-from sagellm.compiler import Compiler
+from sagellm.compiler import Compiler, expected_tensors
 from sagellm.config import AUTO, AskedKV, EngineConfig, resolve_kv_schema
 from sagellm.errors import UserError
 from sagellm.models.config import load_config
@@ -22,7 +23,7 @@ from sagellm.models.hub import resolve
 from sagellm.passes.driver import StepView
 from sagellm.runtime.kv import KVManager
 from sagellm.runtime.scheduler import Scheduler
-from sagellm.schemas import KVCacheSchema
+from sagellm.schemas import DTYPE_BYTES, KVCacheSchema
 from sagellm.target import AttentionShape
 
 
@@ -56,6 +57,8 @@ class Planner:
         )
         self.kv_schema = resolve_kv_schema(kv_schema, self.backend.capability, default, self.dtype)
         self.compiler = Compiler(self.model, self.backend, self.pipeline, self.dtype, config.verify)
+        self.expected = expected_tensors(self.compiler.model(("prefill",)).graph)
+        """The checkpoint's tensors that are read, with their shapes."""
         self.view = StepView(self.backend.costs, self._attention())
         self.columns = Columns(config.max_sequences, self._max_length(), self.kv_schema.block_size)
         if self.model.rope.kind == "dynamic":
@@ -64,7 +67,7 @@ class Planner:
             self.columns,
             self._block_count(),
             identity=f"{config.model} {self.kv_schema}",
-            caching=config.prefix_caching,
+            caching=config.prefix_caching and "prefix-dedup" in (p.name for p in self.pipeline.passes),
             host_slots=int(config.host_kv_gib * 2**30 / self.kv_schema.bytes_per_block),
         )
         self.scheduler = Scheduler(
@@ -94,10 +97,23 @@ class Planner:
             raise UserError(f"max_length is {asked}; accepted: at most {limit}, the model's context")
         return asked or limit
 
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.expected.values())
+
     def _block_count(self) -> int:
-        """Blocks for every sequence at full length, or what the memory share holds, and one of padding."""
+        """Blocks for every sequence at full length, or what the memory share holds, and one of padding.
+
+        The share is of what the weights leave.
+        """
         wanted = self.config.max_sequences * self.columns.max_blocks
-        free = available_memory()
+        weights, available = int(self.parameters * DTYPE_BYTES[self.dtype]), available_memory()
+        free = available - weights
+        if free <= 0:
+            raise UserError(
+                f"the weights of {self.config.model!r} take {weights >> 20} MiB in {self.dtype}, and "
+                f"{available >> 20} MiB of memory are free; accepted: a smaller model or dtype"
+            )
         share = int(free * self.config.kv_memory_fraction)
         blocks = min(wanted, share // self.kv_schema.bytes_per_block)
         if blocks < 1:

@@ -10,6 +10,7 @@ import torch
 from checkpoints import RECITED, make_core, random_tokens, serve, tokens_of
 
 from sagellm.batch import Request, SamplingParams
+from sagellm.engine import planner
 from sagellm.engine.engine import SageLLMEngine
 from sagellm.engine.planner import Planner
 from sagellm.errors import UserError
@@ -126,6 +127,14 @@ def test_a_pool_is_as_large_as_its_share_of_the_free_memory(alone):
     assert_equal(serve(core, PROMPTS, HOW), expected)
     with pytest.raises(UserError, match=r"^kv_memory_fraction 1e-12 .* accepted: .*$"):
         make_core(folder, kv_memory_fraction=1e-12)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(checkpoint, monkeypatch):
+    monkeypatch.setattr(planner, "available_memory", lambda: 2**17)
+    with pytest.raises(
+        UserError, match=r"^the weights of .* take 0 MiB in float32, and 0 MiB of memory are free; acc"
+    ):
+        make_core(checkpoint("LlamaForCausalLM"))
 
 
 def test_requests_that_come_later_change_nothing_for_those_that_run(alone):

@@ -1,4 +1,4 @@
-"""The fused kernels of native.c and attention.c, compiled once for this machine and kept in the user's cache folder.
+"""The kernels of native.c, linear.c and attention.c, compiled once for this machine, kept in the user's cache folder.
 
 Each function here has the meaning of its namesake in `kernels.py`, which serves where there is no C compiler and for
 types that native.c does not know. The code generator chooses, so the emitted text says which one runs.
@@ -22,7 +22,8 @@ from sagellm.backends.cpu import kernels
 from sagellm.backends.cpu.columns import CpuRows, Parts
 from sagellm.backends.cpu.kernels import Packed
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.h", "native.c", "attention.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "linear.c", "attention.c"))
+HEADER = SOURCES[0].with_suffix(".h")
 # -fopenmp finds the libgomp that torch has loaded, so both use one pool of threads.
 FLAGS = (
     "-O3",
@@ -47,6 +48,7 @@ SIGNATURES = {
     "gemv": (P, P, P, P, L, L),
     "attend": (P, L, P, P, P, P, L, P, L, L, L, L, L, F, P, P),
     "merge": (P, P, P, P, L, L, L),
+    "linear": (P, P, P, P, L, L, L),
 }
 
 
@@ -68,7 +70,7 @@ def library() -> ctypes.CDLL:
         raise Unavailable(f"no C compiler ({compiler}): {error}") from error
     key = b"\0".join(
         [
-            *(source.read_bytes() for source in SOURCES),
+            *(source.read_bytes() for source in (HEADER, *SOURCES)),
             version,
             " ".join(FLAGS).encode(),
             _processor().encode(),
@@ -101,7 +103,7 @@ def _build(compiler: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            command = [compiler, *FLAGS, *map(str, SOURCES[1:]), "-o", str(made), "-lm"]
+            command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
             subprocess.run(command, capture_output=True, check=True, text=True)
             made.replace(path)
     except OSError as error:
@@ -267,3 +269,17 @@ def _attend(q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, parts: Parts, s
     f = _function("merge", q.dtype)
     f(out.data_ptr(), lse.data_ptr(), parts.other.data_ptr(), joined.data_ptr(), count, heads, head_dim)
     return joined
+
+
+def pack_panels(weight: Tensor) -> Packed:
+    return kernels.pack_panels(weight)
+
+
+def linear_panels(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    """[T, in] times a matrix in panels."""
+    wide = x.float().contiguous()
+    y = torch.empty((x.shape[0], weight.outputs), dtype=x.dtype)
+    at = None if bias is None else bias.data_ptr()
+    f = _function("linear", x.dtype)
+    f(wide.data_ptr(), weight.tensor.data_ptr(), at, y.data_ptr(), *y.shape, x.shape[1])
+    return y
