@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from enum import IntEnum, IntFlag
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 from attrs import define, field
@@ -235,6 +236,12 @@ class Columns:
         self.draft_tokens = np.zeros((capacity, MOST_DRAFTS), np.int32)
         self.draft_parents = np.zeros((capacity, MOST_DRAFTS), np.int32)
         """Which guess stands before each, counted from 1; 0 is the last known token."""
+        self.cohort = np.full(capacity, -1, np.int32)
+        """This step: which decode rows read the first `common` tokens together; a number that they have in common."""
+        self.common = np.zeros(capacity, np.int32)
+        """This step: tokens of whole blocks that the row reads with its cohort."""
+        self.kept: dict[str, Any] = {}
+        """What a pass found out and looks at again in the next step, by its name."""
         self.stages = np.zeros(capacity, np.int32)
         self.temperature = np.zeros(capacity, np.float32)
         self.top_k = np.zeros(capacity, np.int64)
@@ -272,8 +279,8 @@ class Columns:
         self.limit[row] = min(len(request.prompt) + how.max_tokens, self.max_length)
         self.minimum[row] = len(request.prompt) + how.min_tokens
         self.context[row] = self.computed[row] = self.owned[row] = self.new[row] = self.shared[row] = 0
-        self.drafted[row] = 0
-        self.leader[row] = -1
+        self.drafted[row] = self.common[row] = 0
+        self.leader[row] = self.cohort[row] = -1
         self.stages[row] = Stage.of(how)
         self.temperature[row] = how.temperature
         self.top_k[row] = how.top_k
@@ -318,15 +325,17 @@ class Moves:
 class Batch:
     """One step: which rows decode, which prefill.
 
-    What passes decided is in the columns; the structure of it in `facts`, by phase; in words in `notes`, by pass.
+    What passes decided is in the columns; the structure of it in `facts`, by phase; in words in `notes`, by pass;
+    what they could have done and did not in `declines`.
     """
 
-    __slots__ = ("columns", "decode", "facts", "moves", "notes", "prefill", "spare")
+    __slots__ = ("columns", "declines", "decode", "facts", "moves", "notes", "prefill", "spare")
 
     def __init__(self, columns: Columns, decode: np.ndarray, prefill: np.ndarray):
         self.columns, self.decode, self.prefill = columns, decode, prefill
         self.facts: dict[Phase, tuple[str, ...]] = {}
         self.notes: dict[str, str] = {}
+        self.declines: dict[str, str] = {}
         self.moves = Moves()
         self.spare = (0, 0)
         """Tokens and KV blocks that guesses may take beside what the rows need."""
@@ -351,8 +360,9 @@ class Batch:
         names = ("length", "context", "new")
         if phase is Phase.PREFILL:
             names += ("leader", "shared")
-        elif self.facts.get(phase):
-            names += ("drafted",)
+        else:
+            names += ("cohort", "common")
+            names += ("drafted",) if self.facts.get(phase) else ()
         return {"row": rows} | {name: getattr(c, name)[rows] for name in names}
 
     def output_rows(self) -> np.ndarray:

@@ -48,6 +48,12 @@ class Rows:
     """[D, blocks of the longest] block table."""
     decode_lengths: np.ndarray
     """[D] cached tokens, this step's included."""
+    cohort_rows: np.ndarray
+    """[M] decode rows that read a common beginning together, cohort after cohort; numbers among the D."""
+    cohort_offsets: np.ndarray
+    """[C + 1] first of each cohort."""
+    cohort_common: np.ndarray
+    """[C] tokens that a cohort reads together: whole blocks, equal in the block tables of its rows."""
     prefill_blocks: np.ndarray
     """[P, blocks of the longest]."""
     prefill_lengths: np.ndarray
@@ -62,7 +68,7 @@ class Rows:
         return len(self.tokens)
 
 
-def build_rows(batch: Batch, *, shared: bool) -> Rows:
+def build_rows(batch: Batch, *, shared: bool = False, cascade: bool = False) -> Rows:
     c, block_size = batch.columns, batch.columns.block_size
     decode, prefill = batch.decode, batch.prefill
     positions, sequences = c.context[decode], decode
@@ -98,6 +104,7 @@ def build_rows(batch: Batch, *, shared: bool) -> Rows:
         slots = np.concatenate([slots, _slots(c, extra_rows, extra_positions)])
     decode_lengths = c.context[decode] + 1
     prefill_lengths = (c.context + c.new)[working]
+    cohorts = _cohorts(c, decode if cascade else decode[:0])
     return Rows(
         tokens=c.tokens[sequences, positions].astype(np.int64),
         positions=positions.astype(np.int64),
@@ -109,10 +116,21 @@ def build_rows(batch: Batch, *, shared: bool) -> Rows:
         prompt_positions=positions[wanted],
         decode_blocks=c.blocks[decode, : _blocks(decode_lengths, block_size)].astype(np.int64),
         decode_lengths=decode_lengths,
+        cohort_rows=cohorts[0],
+        cohort_offsets=cohorts[1],
+        cohort_common=cohorts[2],
         prefill_blocks=c.blocks[working, : _blocks(prefill_lengths, block_size)].astype(np.int64),
         prefill_lengths=prefill_lengths,
         prefill_offsets=offsets,
     )
+
+
+def _cohorts(c: Columns, decode: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`cohort_rows`, `cohort_offsets`, `cohort_common`: of some cohorts, only a part may decode in this step."""
+    members = np.flatnonzero(c.common[decode] > 0)
+    members = members[np.argsort(c.cohort[decode[members]], kind="stable")]
+    _, first = np.unique(c.cohort[decode[members]], return_index=True)
+    return members, np.append(first, len(members)), c.common[decode[members[first]]].astype(np.int64)
 
 
 def _blocks(lengths: np.ndarray, block_size: int) -> int:

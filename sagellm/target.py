@@ -39,6 +39,8 @@ class CostModel:
     """That large reads reach."""
     call: float = 1e-5
     """Seconds that a call takes beside its work."""
+    narrow: float = 0.65
+    """Part of `flops` that products of a few rows reach."""
     source: str = "assumed"
     """Where the figures come from."""
 
@@ -88,6 +90,26 @@ class StepCost:
     def seconds(self, tokens):
         """Of a step of so many tokens, or of each of these steps."""
         return np.maximum(tokens * self.token, self.least) + self.start
+
+
+@frozen(kw_only=True)
+class AttentionShape:
+    """What attention over cached tokens takes."""
+
+    heads: int
+    """Of queries, in one layer."""
+    kv_heads: int
+    head_dim: int
+    layers: int
+    """Those that see all tokens; layers with a window are not among them."""
+    dtype: str
+
+    def seconds(self, costs: CostModel, queries: int, tokens: int, reads: int) -> float:
+        """Of one step in which `queries` rows see `tokens` tokens each, and these are read `reads` times."""
+        flops = 4 * self.layers * self.heads * self.head_dim * tokens * queries
+        moved = 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype] * tokens * reads
+        narrow = costs.narrow if reads == queries else 1.0
+        return costs.seconds(flops=flops / narrow, moved=moved, dtype=self.dtype, calls=0)
 
 
 @frozen(kw_only=True)

@@ -85,7 +85,7 @@ TOPOLOGIES = {
                 flops={"float32": 5e13, "bfloat16": 2e14, "float16": 2e14},
                 bytes_per_second=1.1e12,
                 call=5e-6,
-                source="Ascend 910B-like: 280 TFLOP/s of fp16 (ai.gitee.com), 1.6 TB/s (not confirmed); 70% of both assumed",
+                source="Ascend 910B-like: 280 TFLOP/s of fp16 (ai.gitee.com), 1.6 TB/s (unconfirmed); 70% assumed",
             ),
         ),
         Topology(

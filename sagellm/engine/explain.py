@@ -32,7 +32,8 @@ class Explanation:
 def explain(planner: Planner, batch: Batch, verify: str = "full") -> Explanation:
     """Compile a batch whose passes have decided, keeping every stage. Nothing is executed."""
     context = planner.compiler.context(bucket(batch.forwarded))
-    context.remarks.extend(Remark(name, True, "this batch", note) for name, note in batch.notes.items())
+    for done, notes in ((True, batch.notes), (False, batch.declines)):
+        context.remarks.extend(Remark(name, done, "this batch", note) for name, note in notes.items())
     pipeline = planner.pipeline
     step = step_graph(lower(batch, planner.model.vocab_size))
     phases = [Phase("lowered", step.clone(), 0.0)]

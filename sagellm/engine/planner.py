@@ -27,7 +27,7 @@ from sagellm.passes.shard import Shard
 from sagellm.runtime.kv import KVManager
 from sagellm.runtime.scheduler import Scheduler
 from sagellm.schemas import DTYPE_BYTES, KVCacheSchema
-from sagellm.target import StepCost
+from sagellm.target import AttentionShape, StepCost
 
 
 def available_memory() -> int:
@@ -80,6 +80,7 @@ class Planner:
             self.columns.alike_up_to = self.model.rope.original_max_positions
         self.view = StepView(
             self.backend.costs,
+            self._attention(),
             StepCost.of(self.backend.costs, self.parameters, self.model.num_layers, self.dtype),
             Drafts(self.columns),
         )
@@ -122,6 +123,16 @@ class Planner:
                 f"pipeline {self.pipeline} leaves {cached} KV heads on each rank; accepted: one that leaves {heads}"
             )
         return compiled
+
+    def _attention(self) -> AttentionShape:
+        m = self.model
+        return AttentionShape(
+            heads=m.num_heads,
+            kv_heads=m.num_kv_heads,
+            head_dim=m.head_dim,
+            layers=m.windows.count(None),
+            dtype=self.kv_schema.dtype,
+        )
 
     def _max_length(self) -> int:
         asked, limit = self.config.max_length, self.model.max_positions

@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from sagellm.engine.core import EngineCore
 
 SCALARS = (
-    "prompt", "length", "context", "owned", "new", "shared", "stages", "temperature", "top_k", "top_p", "min_p",
-    "repetition", "presence", "frequency", "sample", "minimum", "logprobs", "prompt_logprobs", "computed", "drafted",
+    "prompt", "length", "context", "owned", "new", "shared", "cohort", "common", "stages", "temperature",
+    "top_k", "top_p", "min_p", "repetition", "presence", "frequency",
+    "sample", "minimum", "logprobs", "prompt_logprobs", "computed", "drafted",
 )  # fmt: skip
 RAGGED = ("stops", "bias_tokens", "bias", "draft_tokens", "draft_parents")
 

@@ -116,7 +116,7 @@ class GroupType(_Words):
 
 @irdl_attr_definition
 class RowsType(_Words):
-    """All rows of the step on one flattened token axis. Words: the phases present, then `shared` or `tree`.
+    """All rows of the step on one flattened token axis. Words: the phases present, then `shared`, `cascade` or `tree`.
 
     These words are the static part of the model graph's key; everything else about the rows is data.
     """

@@ -123,11 +123,7 @@ def weight_names(op: Operation) -> list[str]:
     """The weights that an operation of the model graph reads."""
     if isinstance(op, (nn.Call, nn.Repeat)):
         return []
-    return [
-        attr.root_reference.data
-        for name in ("weight", "bias")
-        if isinstance(attr := op.properties.get(name), SymbolRefAttr)
-    ]
+    return [attr.root_reference.data for attr in op.properties.values() if isinstance(attr, SymbolRefAttr)]
 
 
 def describe(op: Operation) -> str:

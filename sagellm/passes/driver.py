@@ -24,7 +24,7 @@ from sagellm.ir.attrs import TableAttr
 from sagellm.ir.check import describe
 from sagellm.ir.edit import only_block, operations
 from sagellm.ir.graph import IRGraph
-from sagellm.target import CapabilityDescriptor, CostModel, StepCost
+from sagellm.target import AttentionShape, CapabilityDescriptor, CostModel, StepCost
 from sagellm.topology import TOPOLOGIES, Topology
 
 
@@ -64,6 +64,8 @@ class StepView:
     """What a pass may see beside the columns when it decides about a step."""
 
     costs: CostModel = field(factory=CostModel)
+    attention: AttentionShape | None = None
+    """None where no model is known."""
     step: StepCost | None = None
     """What a step takes, by its tokens; None where there is no model."""
     drafts: Drafts | None = None
@@ -151,7 +153,7 @@ class Pipeline:
 
     def decide(self, batch: Batch, view: StepView) -> None:
         """Every batch pass decides about this step, anew."""
-        batch.facts, batch.notes = {}, {}
+        batch.facts, batch.notes, batch.declines = {}, {}, {}
         for p in self.deciding:
             p.decide(batch, view)
 

@@ -30,11 +30,13 @@ from sagellm.passes.driver import Pass, PassContext, rewrites
 
 @dataclass(frozen=True)
 class KernelFusion(Pass):
-    """Merges linears that read one input (q/k/v, gate/up), add + rms_norm, and silu * up.
+    """Merges linears that read one input (q/k/v, gate/up), add + rms_norm, silu * up, and rope + KV write, with the
+    norms of q and k where there are some.
 
     Merged linears become one matrix product; the weights program joins their matrices at load time.
     Declines where the backend has no kernel for the fused operation, where only some of the linears have a bias,
-    where a weight is used a second time, and for silu * up when the two are not halves of one product.
+    where a weight is used a second time, for silu * up when the two are not halves of one product, and for the KV
+    write where rotated keys are read by something else.
     """
 
     name: ClassVar[str] = "kernel-fusion"
@@ -118,6 +120,36 @@ class KernelFusion(Pass):
         replace(op, [fused.normed])
         replace(add, [fused.total])
 
+    @rewrites(nn.KvWrite)
+    def rope_kv_write(self, op: nn.KvWrite, graph: IRGraph, context: PassContext) -> None:
+        rope = maker(op.k)
+        if not isinstance(rope, nn.Rope) or rope.k_out is not op.k or rope.head_dim != op.head_dim:
+            return
+        if "nn.rope_kv_write" not in context.capability.kernels:
+            self.declined(context, op, f"{context.capability.backend} has no nn.rope_kv_write")
+            return
+        if users(rope.k_out) != [op] or not all(precedes(op, user) for user in users(rope.q_out)):
+            self.declined(context, op, "what is rotated is read before it is written")
+            return
+        norms = _head_norms(rope)
+        given = (
+            {}
+            if norms is None
+            else {"q_norm": norms[0].weight, "k_norm": norms[1].weight, "eps": norms[0].eps}
+        )
+        q, k = (rope.q, rope.k) if norms is None else (norms[0].x, norms[1].x)
+        fused = nn.RopeKvWrite.create(
+            operands=[q, k, op.v, rope.angles, op.rows],
+            result_types=[rope.q_out.type],
+            properties={"head_dim": op.head_dim, **given},
+        )
+        parts = ["rope", "kv_write"] if norms is None else ["q and k norm", "rope", "kv_write"]
+        self.applied(context, op, f"{' + '.join(parts)} -> rope_kv_write")
+        insert_before(op, created(fused))
+        rope.q_out.replace_all_uses_with(fused.q_out)
+        for done in (op, rope, *(norms or ())):
+            erase(done)
+
     @rewrites(nn.Mul)
     def silu_mul(self, op: nn.Mul, graph: IRGraph, context: PassContext) -> None:
         silu = maker(op.x)
@@ -137,6 +169,17 @@ class KernelFusion(Pass):
         erase(silu)
         if not any(users(result) for result in split.results):
             erase(split)
+
+
+def _head_norms(rope: nn.Rope) -> tuple[nn.RmsNorm, nn.RmsNorm] | None:
+    """The norms of q's and k's heads that only this rotation reads, where one kernel can do both."""
+    q, k = maker(rope.q), maker(rope.k)
+    if not isinstance(q, nn.RmsNorm) or not isinstance(k, nn.RmsNorm) or q.eps != k.eps:
+        return None
+    heads = [last_dim(norm.result.type) // rope.head_dim.value.data for norm in (q, k)]
+    if [norm.heads and norm.heads.value.data for norm in (q, k)] != heads:
+        return None
+    return (q, k) if users(q.result) == users(k.result) == [rope] else None
 
 
 def _stores(load: weights.Load) -> dict[str, weights.Store]:

@@ -1,42 +1,70 @@
-"""Prompts of one batch that begin alike compute the common beginning once."""
+"""Sequences of one batch that begin alike compute, and read, the common beginning once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Literal
 
 import numpy as np
+from attrs import evolve
 
 from sagellm.batch import Batch, Columns, Phase
 from sagellm.ir.attrs import group_type, rows_type, word
 from sagellm.ir.dialects import batch as b
 from sagellm.ir.edit import insert_after, users
 from sagellm.ir.graph import IRGraph
+from sagellm.passes.cohorts import Cohorts, Gain, find_cohorts
 from sagellm.passes.driver import Pass, PassContext, StepView, rewrites
+from sagellm.target import AttentionShape, CostModel
 
-SHARED = "shared"
+SHARED, CASCADE = "shared", "cascade"
+REWRITES = {
+    "prefill": (
+        b.Share,
+        SHARED,
+        "common beginnings are computed once",
+        "no two prompts of this step begin alike",
+    ),
+    "decode": (
+        b.Cascade,
+        CASCADE,
+        "common beginnings are read once",
+        "no decode rows of this step gain by reading a common beginning together",
+    ),
+}
+"""By phase: the operation, its word, what it does, and what is so where the fact is missing."""
 
 
 @dataclass(frozen=True)
 class PrefixDedup(Pass):
-    """Prompts in a batch that begin alike compute the common tokens once, at any depth of branching.
+    """Prompts in a batch that begin alike compute the common tokens once, at any depth of branching; decode rows that
+    have the same first KV blocks read these together (Hydragen, Juravsky et al. 2024).
 
-    decide: orders the prefills by their tokens; a row whose beginning equals its neighbour's follows it. The
+    decide, prompts: orders the prefills by their tokens; a row whose beginning equals its neighbour's follows it. The
     follower takes over full KV blocks; keys and values of a block that is shared in part are written to both.
-    apply: puts `batch.share` behind the prefill group and marks the rows as shared.
-    Declines when no two prompts of the step begin with the same uncached token. Prompts of different tenants share
-    nothing, and one whose own logprobs are wanted follows nobody.
+    decide, decodes: finds cohorts in the block tables, weighs them by the device's costs, and keeps them for as long
+    as the same sequences decode.
+    apply: puts `batch.share` behind the prefill group, `batch.cascade` behind the decode group, and marks the rows.
+    Declines when no two prompts of the step begin with the same uncached token, and for decode rows where short or
+    few common beginnings save less than another call in each layer takes. Prompts of different tenants share
+    nothing, and one whose own logprobs are wanted follows nobody. Layers with a window read each row alone.
     """
 
     name: ClassVar[str] = "prefix-dedup"
     graph: ClassVar[Literal["batch"]] = "batch"
 
     def decide(self, batch: Batch, view: StepView) -> None:
+        notes = [self._share_prompts(batch), self._read_together(batch, view)]
+        if told := "; ".join(note for note in notes if note):
+            batch.notes[self.name] = told
+
+    def _share_prompts(self, batch: Batch) -> str | None:
         c, rows = batch.columns, batch.prefill
         c.leader[rows], c.shared[rows] = -1, 0
         if len(rows) < 2:
-            return
+            return None
         end = c.context + c.new
         own = np.where(c.length > c.alike_up_to, c.length, 0)
         alike = {int(r): (int(c.context[r]), int(own[r]), int(c.tenant[r])) for r in rows}
@@ -51,36 +79,89 @@ class PrefixDedup(Pass):
             while c.leader[before] >= 0 and c.shared[before] >= shared:
                 before = int(c.leader[before])
             c.leader[row], c.shared[row] = before, shared
-        if saved := int(c.shared[rows].sum()):
-            followers = int((c.shared[rows] > 0).sum())
-            batch.notes[self.name] = (
-                f"{saved} of {c.new[rows].sum()} prompt tokens are taken over by {followers} of {len(rows)} prompts"
-            )
-            batch.facts[Phase.PREFILL] = tuple(dict.fromkeys((*batch.facts.get(Phase.PREFILL, ()), SHARED)))
+        saved = int(c.shared[rows].sum())
+        if not saved:
+            return None
+        _add_fact(batch, Phase.PREFILL, SHARED)
+        followers = int((c.shared[rows] > 0).sum())
+        return f"{saved} of {c.new[rows].sum()} prompt tokens are taken over by {followers} of {len(rows)} prompts"
+
+    def _read_together(self, batch: Batch, view: StepView) -> str | None:
+        c, rows, shape = batch.columns, batch.decode, view.attention
+        if len(rows) < 2 or shape is None or not shape.layers:
+            c.common[rows] = 0
+            return None
+        same = (rows.tobytes(), c.number[rows].tobytes(), c.sample[rows].tobytes())
+        kept = c.kept.get(self.name)
+        if kept is None or kept[0] != same or not _still_common(c, rows, kept[1]):
+            gain, calls = partial(cascade_gain, view.costs, shape), view.costs.seconds(calls=shape.layers)
+            kept = c.kept[self.name] = (same, *_judge(find_cohorts(c, rows, gain), gain, calls))
+        _, cohorts, note = kept
+        c.cohort[rows], c.common[rows] = cohorts.cohort, cohorts.common
+        if cohorts:
+            _add_fact(batch, Phase.DECODE, CASCADE)
+        elif note:
+            batch.declines[self.name] = note
+            return None
+        return note
 
     @rewrites(b.Group)
     def share(self, group: b.Group, graph: IRGraph, context: PassContext) -> None:
-        if group.phase.data != Phase.PREFILL.name.lower():
+        kind, word_, done, missing = REWRITES[group.phase.data]
+        if group.facts is None or word(word_) not in group.facts.data:
+            self.declined(context, group, missing)
             return
-        if group.facts is None or word(SHARED) not in group.facts.data:
-            self.declined(context, group, "no two prompts of this step begin alike")
-            return
-        share = b.Share.create(
-            operands=[group.result], result_types=[group_type(*group.result.type.data, SHARED)]
-        )
-        group.result.replace_uses_with_if(share.result, lambda use: use.operation is not share)
-        insert_after(group, share)
-        share.result.name_hint = "shared"
-        for user in users(share.result):
+        op = kind.create(operands=[group.result], result_types=[group_type(*group.result.type.data, word_)])
+        group.result.replace_uses_with_if(op.result, lambda use: use.operation is not op)
+        insert_after(group, op)
+        op.result.name_hint = word_
+        for user in users(op.result):
             if isinstance(user, b.Rows):
-                marked = rows_type(*user.result.type.data, SHARED)
+                marked = rows_type(*user.result.type.data, word_)
                 rows = b.Rows.create(operands=user.operands, result_types=[marked])
                 insert_after(user, rows)
                 rows.result.name_hint = user.result.name_hint
                 user.result.replace_all_uses_with(rows.result)
                 user.detach()
                 user.erase()
-        self.applied(context, group, "common beginnings are computed once")
+        self.applied(context, group, done)
+
+
+def cascade_gain(costs: CostModel, shape: AttentionShape, rows: int, tokens: int) -> float:
+    """Seconds of a step saved by reading `tokens` once for `rows` rows, less what joining two results moves."""
+    joined = 12 * shape.layers * shape.heads * shape.head_dim * rows
+    alone, together = (shape.seconds(costs, rows, tokens, reads) for reads in (rows, 1))
+    return alone - together - costs.seconds(moved=joined, calls=0)
+
+
+def _judge(found: Cohorts, gain: Gain, calls: float) -> tuple[Cohorts, str | None]:
+    """The cohorts, or none where they save less than the further `calls` take; and a word about it."""
+    if not found.longest:
+        return found, None
+    rows, cohorts = int((found.common > 0).sum()), len(np.unique(found.cohort[found.common > 0]))
+    predicted = (found.gain or gain(2, found.longest)) - calls
+    saved = f"(predicted: {predicted * 1e6:+.1f} us)"
+    if predicted > 0:
+        what = (
+            f"{rows} of {len(found.common)} decode rows read up to {int(found.common.max())} tokens together"
+        )
+        return found, f"{what}, in {cohorts} cohorts {saved}"
+    alone = evolve(found, common=np.zeros_like(found.common), gain=0.0)
+    return (
+        alone,
+        f"decode rows have up to {found.longest} tokens of blocks in common: too few to gain {saved}",
+    )
+
+
+def _still_common(c: Columns, rows: np.ndarray, cohorts: Cohorts) -> bool:
+    """Are the last blocks that the cohorts share still the same?"""
+    members = np.flatnonzero(cohorts.common)
+    last = cohorts.common[members] // c.block_size - 1
+    return np.array_equal(c.blocks[rows[members], last], c.blocks[cohorts.cohort[members], last])
+
+
+def _add_fact(batch: Batch, phase: Phase, fact: str) -> None:
+    batch.facts[phase] = tuple(dict.fromkeys((*batch.facts.get(phase, ()), fact)))
 
 
 def common_prefix(columns: Columns, one: int, other: int, limit: int) -> int:

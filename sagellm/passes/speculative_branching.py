@@ -14,6 +14,7 @@ from sagellm.ir.dialects import spec
 from sagellm.ir.edit import insert_after, insert_before, users
 from sagellm.ir.graph import IRGraph
 from sagellm.passes.driver import Pass, PassContext, StepView, rewrites
+from sagellm.passes.prefix_dedup import PrefixDedup
 from sagellm.target import StepCost
 
 DRAFTED = "drafted"
@@ -76,7 +77,9 @@ class SpeculativeBranching(Pass):
         drafts.write(rows[known], guesses, chosen.reshape(guesses.chances.shape))
         some = c.drafted[rows] > 0
         batch.decode = np.concatenate([rows[~some], rows[some]])
-        batch.facts[Phase.DECODE] = (*batch.facts.get(Phase.DECODE, ()), DRAFTED)
+        batch.facts[Phase.DECODE] = (DRAFTED,)
+        if batch.notes.pop(PrefixDedup.name, None):
+            batch.declines[PrefixDedup.name] = "guesses are verified in this step, and their rows read alone"
         batch.notes[self.name] = (
             f"{count} tokens are guessed for {some.sum()} of {len(rows)} sequences, "
             f"{chances[:count].sum():.1f} are expected to hold"

@@ -27,10 +27,11 @@ from sagellm.trees import Trees, slots, tree_rows
 
 @frozen
 class GroupRef:
-    """The value of `batch.group`: a phase of the batch, whether beginnings are shared, and the trees of guesses."""
+    """The value of `batch.group`: a phase, whether beginnings are shared or read together, the trees of guesses."""
 
     phase: Phase
     shared: bool = False
+    cascade: bool = False
     trees: Trees | None = None
 
 
@@ -144,6 +145,9 @@ class Executor:
             )
         return evolve(group, trees=Trees.of(self.columns, self._batch.decode))
 
+    def cascade(self, group: GroupRef) -> GroupRef:
+        return evolve(group, cascade=True)
+
     def evict(self) -> None:
         self.kv.moves.evict.clear()
 
@@ -183,7 +187,8 @@ class Executor:
         if trees is not None:
             rows = tree_rows(self._batch, trees)
         else:
-            rows = build_rows(self._batch, shared=any(group.shared for group in groups))
+            shared, cascade = any(g.shared for g in groups), any(g.cascade for g in groups)
+            rows = build_rows(self._batch, shared=shared, cascade=cascade)
         self._rows, self._prompts = rows, (rows.prompt_rows, rows.prompt_positions)
         return self.backend.upload(rows, self.columns.block_size)
 
@@ -311,6 +316,7 @@ HOST: dict[str, Callable] = {
     "kv.copy": Executor.copy,
     "batch.group": Executor.group,
     "batch.share": Executor.share,
+    "batch.cascade": Executor.cascade,
     "kv.allocate": Executor.allocate,
     "batch.rows": Executor.rows,
     "batch.sampling": Executor.sampling,

@@ -60,7 +60,7 @@ def lower_requests(batch: Batch, vocab_size: int) -> IRGraph:
     return step_graph(body.block)
 
 
-def request_rows(batch: Batch, *, shared: bool) -> Rows:
+def request_rows(batch: Batch, *, shared: bool = False, cascade: bool = False) -> Rows:
     """The columns of `sagellm.rows.build_rows`, token by token. The rows' blocks are given out already."""
     c, size = batch.columns, batch.columns.block_size
     forwarded: list[tuple[int, int]] = []
@@ -94,6 +94,11 @@ def request_rows(batch: Batch, *, shared: bool) -> Rows:
         width = max((-(-length // size) for length in lengths), default=0)
         return np.array([c.blocks[row, :width] for row in rows], np.int64).reshape(len(rows), width)
 
+    cohorts: dict[int, list[int]] = {}
+    for index, row in enumerate(batch.decode):
+        if cascade and c.common[row]:
+            cohorts.setdefault(c.cohort[row], []).append(index)
+    members = [cohorts[number] for number in sorted(cohorts)]
     decode_lengths = [c.context[row] + 1 for row in batch.decode]
     prefills = [row for row, _, _ in working]
     prefill_lengths = [c.context[row] + c.new[row] for row in prefills]
@@ -118,6 +123,9 @@ def request_rows(batch: Batch, *, shared: bool) -> Rows:
         prompt_positions=np.array([position for _, position in told], np.int64),
         decode_blocks=block_table(list(batch.decode), decode_lengths),
         decode_lengths=np.array(decode_lengths),
+        cohort_rows=np.array([index for cohort in members for index in cohort], np.int64),
+        cohort_offsets=np.cumsum([0, *map(len, members)]),
+        cohort_common=np.array([c.common[batch.decode[cohort[0]]] for cohort in members], np.int64),
         prefill_blocks=block_table(prefills, prefill_lengths),
         prefill_lengths=np.array(prefill_lengths),
         prefill_offsets=np.array([first for _, first, _ in working] + [len(forwarded)]),

@@ -130,3 +130,27 @@ def test_slices_are_read_as_what_they_are(dtype):
     close(native.rms_norm(x, w, 1e-6), kernels.rms_norm(x.float(), w.float(), 1e-6))
     assert torch.equal(native.add_rms_norm(x, y, w, 1e-6)[0], x + y)
     close(native.silu_mul(x), kernels.silu_mul(x.float()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [True, False])
+@given(rows=st.integers(1, 5), heads=st.integers(1, 3), half=st.integers(1, 20), seed=st.integers(0, 99))
+@some
+def test_rotation_and_write_in_one(dtype, normed, rows, heads, half, seed):
+    """Also for tokens whose keys and values go to a second slot."""
+    d = 2 * half
+    sizes = [2 * heads * d, heads * d, heads * d]
+    q, k, v = random(seed, dtype, rows, sum(sizes)).split(sizes, -1)
+    angles = random(seed + 1, torch.float32, rows, d) / 3
+    norms = (random(seed + 2, dtype, d), random(seed + 3, dtype, d), 1e-5) if normed else None
+    exact_norms = norms and (norms[0].float(), norms[1].float(), norms[2])
+    ours, exact = [torch.zeros(2, 4, 8, heads, d, dtype=kind) for kind in (dtype, torch.float32)]
+    slots = torch.randperm(32, generator=torch.Generator().manual_seed(seed))[: 2 * rows]
+    for copies in (0, rows):
+        source = torch.cat([torch.arange(rows), torch.arange(copies).flip(0)]) if copies else None
+        where = SimpleNamespace(slots=slots[: rows + copies], kv_source=source)
+        y = native.rope_kv_write(tuple(ours), q, k, v, angles, where, d, norms)
+        wide = (x.float() for x in (q, k, v))
+        z = kernels.rope_kv_write(tuple(exact), *wide, angles, where, d, exact_norms)
+        for one, other in ((y, z), (ours, exact)):
+            torch.testing.assert_close(one.float(), other, rtol=DTYPES[dtype], atol=20 * DTYPES[dtype])

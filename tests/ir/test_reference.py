@@ -47,6 +47,7 @@ EFFECTS = {
     "nn.call": (("kv",), ("kv",)),
     "nn.repeat": (("kv",), ("kv",)),
     "nn.kv_write": ((), ("kv",)),
+    "nn.rope_kv_write": ((), ("kv",)),
     "nn.attention": (("kv",), ()),
     "comm.all_reduce": (("network",), ("network",)),
     "comm.all_gather": (("network",), ("network",)),

@@ -7,7 +7,8 @@ import torch
 from sagellm.backends.base import Backend
 from sagellm.backends.cpu import native
 from sagellm.backends.cpu.codegen import HEADER, KERNELS, LOADS, NATIVE_DTYPES
-from sagellm.backends.cpu.kernels import CpuCache, CpuRows, packs
+from sagellm.backends.cpu.columns import CpuRows
+from sagellm.backends.cpu.kernels import CpuCache, packs
 from sagellm.backends.emit import emit_program
 from sagellm.backends.plan import Program
 from sagellm.ir.graph import IRGraph

@@ -45,11 +45,24 @@ def _rms_norm(e: Emitter, op: Operation) -> str:
 
 def _attention(e: Emitter, op: Operation) -> str:
     q, rows = op.operands
-    phases = [word for word in rows.type.data if word in ("decode", "prefill")]
-    kernel = "tree" if "tree" in rows.type.data else "mixed" if len(phases) == 2 else phases[0]
-    window = e.value(op, "window")
-    more = "" if window is None else f", window={window}"
-    return f"cpu.{kernel}_attention({e.name(q)}, kv, {e.name(rows)}, {literal(e.value(op, 'scale'))}{more})"
+    words, window = rows.type.data, e.value(op, "window")
+    arguments = f"{e.name(q)}, kv, {e.name(rows)}, {literal(e.value(op, 'scale'))}"
+    if window is not None:
+        arguments += f", window={window}"
+    if "tree" in words:
+        return f"cpu.tree_attention({arguments})"
+    if "decode" not in words:
+        return f"cpu.prefill_attention({arguments})"
+    # Behind a window rows see different parts of what they share.
+    kernel = f"{_module(op)}.{'cascade' if 'cascade' in words and window is None else 'decode'}_attention"
+    return f"cpu.mixed_attention({kernel}, {arguments})" if "prefill" in words else f"{kernel}({arguments})"
+
+
+def _rope_kv_write(e: Emitter, op: Operation) -> str:
+    norms = ""
+    if "eps" in op.properties:
+        norms = f", ({e.weight(op, 'q_norm')}, {e.weight(op, 'k_norm')}, {literal(e.value(op, 'eps'))})"
+    return f"{_module(op)}.rope_kv_write(kv, {e.names_of(op.operands)}, {e.value(op, 'head_dim')}{norms})"
 
 
 def _embedding(e: Emitter, op: Operation) -> str:
@@ -109,6 +122,7 @@ KERNELS: dict[str, Line] = {
     "nn.rope_dynamic": _rope_dynamic,
     "nn.rope": lambda e, op: f"{_module(op)}.rope({e.names_of(op.operands)}, {e.value(op, 'head_dim')})",
     "nn.kv_write": _call("{m}.kv_write(kv, {0}, {1}, {2})"),
+    "nn.rope_kv_write": _rope_kv_write,
     "nn.attention": _attention,
     "nn.select_outputs": _call("{0}.index_select(0, {1}.outputs)"),
     "nn.argmax": _call("{0}.argmax(-1)"),

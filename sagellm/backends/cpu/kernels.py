@@ -6,6 +6,7 @@ docs/performance.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, pad, scaled_dot_product_attention, silu
 
+from sagellm.backends.cpu.columns import CpuRows
 from sagellm.backends.cpu.memory import bound_primitive_caches, huge_pages
 from sagellm.config import KVCacheSchema
 
@@ -75,16 +77,34 @@ def kv_write(kv: tuple[Tensor, Tensor], k: Tensor, v: Tensor, rows) -> None:
     values.view(-1, width).index_copy_(0, rows.slots, v)
 
 
-def decode_attention(
-    q: Tensor, kv: tuple[Tensor, Tensor], rows, scale: float, window: int | None = None
+def rope_kv_write(
+    kv: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: Tensor,
+    rows: CpuRows,
+    head_dim: int,
+    norms: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """One query a sequence, [D, H * D]: the query heads of a KV head are rows of one product."""
+    """Norms of the heads where there are some, rotation, and keys and values to the cache."""
+    if norms is not None:
+        q, k = head_norm(q, norms[0], norms[2]), head_norm(k, norms[1], norms[2])
+    q, k = rope(q, k, angles, head_dim)
+    kv_write(kv, k, v, rows)
+    return q
+
+
+def decode_attention(
+    q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float, window: int | None = None
+) -> Tensor:
+    """One query a sequence, [D, H * head size]: the query heads of a KV head are rows of one product."""
     keys, values = kv
     kv_heads, head_dim = keys.shape[2], keys.shape[3]
-    count = rows.decode_count
+    count, blocks = rows.decode_count, rows.decode_blocks.view(-1)
     q = q.view(count, kv_heads, -1, head_dim)
-    k = keys.index_select(0, rows.decode_blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
-    v = values.index_select(0, rows.decode_blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
+    k = keys.index_select(0, blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
+    v = values.index_select(0, blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
     mask = None
     if count == 1:
         first = 0 if window is None else max(0, rows.longest - window)
@@ -94,8 +114,42 @@ def decode_attention(
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(count, -1)
 
 
+def cascade_attention(q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float) -> Tensor:
+    """As `decode_attention`; what a cohort shares is one product for all of its rows (Juravsky et al. 2024)."""
+    keys, values = kv
+    kv_heads, head_dim = keys.shape[2], keys.shape[3]
+    count = rows.decode_count
+    blocks, mask = rows.own_blocks()
+    q = q.view(count, kv_heads, -1, head_dim)
+    k = keys.index_select(0, blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
+    v = values.index_select(0, blocks).view(count, -1, kv_heads, head_dim).transpose(1, 2)
+    out, lse = _softmax_part(q, k, v, scale, mask)
+    for members, shared in rows.cohorts:
+        k = keys.index_select(0, shared).view(-1, kv_heads, head_dim).transpose(0, 1)
+        v = values.index_select(0, shared).view(-1, kv_heads, head_dim).transpose(0, 1)
+        queries = q[members].transpose(0, 1).reshape(kv_heads, -1, head_dim)
+        begin, more = (
+            x.view(kv_heads, len(members), -1, x.shape[-1]).transpose(0, 1)
+            for x in _softmax_part(queries, k, v, scale)
+        )
+        share = torch.sigmoid(more - lse[members])
+        out[members] = torch.lerp(out[members], begin, share)
+    return out.to(q.dtype).reshape(count, -1)
+
+
+def _softmax_part(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over a part of the keys, float32, and the log of its softmax's denominator [..., queries, 1]."""
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if mask is not None:
+        scores = scores + mask
+    lse = scores.logsumexp(-1, keepdim=True)
+    return (scores - lse).exp_() @ v.float(), lse
+
+
 def prefill_attention(
-    q: Tensor, kv: tuple[Tensor, Tensor], rows, scale: float, window: int | None = None
+    q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float, window: int | None = None
 ) -> Tensor:
     """Many queries a sequence, [T, H * D], one product per sequence over its own blocks."""
     keys, values = kv
@@ -117,12 +171,17 @@ def prefill_attention(
 
 
 def mixed_attention(
-    q: Tensor, kv: tuple[Tensor, Tensor], rows, scale: float, window: int | None = None
+    decoding: Callable,
+    q: Tensor,
+    kv: tuple[Tensor, Tensor],
+    rows: CpuRows,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
-    """Decodes first on the token axis, then prefills."""
-    count = rows.decode_count
+    """Decodes first on the token axis, by the kernel given, then prefills."""
+    count, more = rows.decode_count, {} if window is None else {"window": window}
     return torch.cat([
-        decode_attention(q[:count], kv, rows, scale, window),
+        decoding(q[:count], kv, rows, scale, **more),
         prefill_attention(q[count:], kv, rows, scale, window),
     ])  # fmt: skip
 
@@ -230,68 +289,3 @@ class CpuCache(list):
     def move(self, slots: np.ndarray, places: np.ndarray) -> None:
         tokens = self._all.flatten(2, 3)
         tokens[:, :, torch.from_numpy(places)] = tokens[:, :, torch.from_numpy(slots)]
-
-
-class CpuRows:
-    """The step's columns as tensors that share memory with the numpy arrays they come from."""
-
-    def __init__(self, rows, block_size: int):
-        self.tokens = torch.from_numpy(rows.tokens)
-        self.positions = torch.from_numpy(rows.positions)
-        self.lengths = torch.from_numpy(rows.lengths)
-        self.slots = torch.from_numpy(rows.slots)
-        self.kv_source = None if rows.kv_source is None else torch.from_numpy(rows.kv_source)
-        self.outputs = torch.from_numpy(rows.outputs)
-        self.decode_count = len(rows.decode_lengths)
-        self.decode_blocks = torch.from_numpy(rows.decode_blocks.reshape(-1))
-        self._decode_lengths = rows.decode_lengths
-        self._block_size = block_size
-        self._width = rows.decode_blocks.shape[1] * block_size
-        self.longest = int(rows.decode_lengths.max()) if self.decode_count else 0
-        self.prefills = []
-        offsets = rows.prefill_offsets.tolist()
-        for i, length in enumerate(rows.prefill_lengths.tolist() if rows.trees is None else ()):
-            first, end = offsets[i], offsets[i + 1]
-            blocks = torch.from_numpy(rows.prefill_blocks[i, : -(-length // block_size)])
-            self.prefills.append((first, end, length, blocks, end - first == length))
-        self._masks: dict = {}
-        if rows.trees is not None:
-            self._trees, self._rows = rows.trees, rows
-            self.tree_nodes = torch.from_numpy(rows.trees.nodes)
-            self.tree_blocks = torch.from_numpy(rows.prefill_blocks.reshape(-1))
-            within = np.arange(rows.trees.nodes.shape[1]) < rows.trees.counts[:, None]
-            self.tree_places = torch.from_numpy(np.flatnonzero(within))
-
-    def tree_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[P, 1, W, width]: 0 where a node sees a cached token or a node of its tree, else -inf; made once a step."""
-        mask = self._masks.get(("tree", window))
-        if mask is None:
-            trees, rows = self._trees, self._rows
-            count, widest = trees.nodes.shape
-            width = rows.prefill_blocks.shape[1] * self._block_size
-            context = (rows.prefill_lengths - trees.counts)[:, None]
-            key_at = np.repeat(np.arange(width + widest)[None], count, 0)
-            visible = np.repeat((key_at < context)[:, None], widest, 1)
-            cells = context + np.arange(widest)
-            at = rows.positions[trees.nodes]
-            np.put_along_axis(visible, np.repeat(cells[:, None], widest, 1), trees.sees, 2)
-            np.put_along_axis(key_at, cells, at, 1)
-            if window is not None:
-                visible &= key_at[:, None] > at[:, :, None] - window
-            hidden = torch.from_numpy(~visible[:, None, :, :width])
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-            self._masks["tree", window] = mask
-        return mask
-
-    def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[D, 1, 1, width]: 0 where a cached token is visible, -inf where not; made once a step."""
-        mask = self._masks.get(window)
-        if mask is None:
-            at = torch.arange(self._width)
-            lengths = torch.from_numpy(self._decode_lengths).view(-1, 1)
-            hidden = at >= lengths
-            if window is not None:
-                hidden |= at < lengths - window
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
-            self._masks[window] = mask
-        return mask

@@ -5,30 +5,11 @@
  * bfloat16, by including itself with T set. The vectors are the compiler's own, of 8 floats.
  */
 #ifndef T
-#include <stdint.h>
-#include <string.h>
+#include "native.h"
 
-typedef uint16_t bf16;
 typedef float lanes __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(32)));
 typedef uint16_t halves __attribute__((vector_size(16)));
-
-static inline float up_bf16(bf16 v) {
-    uint32_t bits = (uint32_t)v << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-static inline bf16 down_bf16(float f) { /* round to nearest even; NaN stays NaN */
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bf16)rounded;
-}
-
-static inline float up_f32(float v) { return v; }
-static inline float down_f32(float v) { return v; }
 
 #define LOAD_bf16(v, p)                                                                                                \
     {                                                                                                                  \

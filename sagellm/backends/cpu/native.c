@@ -4,40 +4,7 @@
  * by including itself with T set. Plain C that a compiler vectorises: `cc -O3 -march=native -fopenmp-simd`.
  */
 #ifndef T
-#include <stdint.h>
-#include <string.h>
-#include <math.h>
-
-typedef uint16_t bf16;
-
-static inline float up_bf16(bf16 v) {
-    uint32_t bits = (uint32_t)v << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-static inline bf16 down_bf16(float f) { /* round to nearest even; NaN stays NaN */
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bf16)rounded;
-}
-
-static inline float up_f32(float v) { return v; }
-static inline float down_f32(float v) { return v; }
-
-/* 2^k * p(r): relative error below 2e-7 over the range that float can hold. */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float k = __builtin_rintf(x * 1.44269504f);
-    float r = x - k * 0.693359375f + k * 2.12194440e-4f;
-    float p = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666657f + r * (0.0416657962f + r * (0.00833345205f + r * 0.00139171742f)))));
-    int32_t scale = ((int32_t)k + 127) << 23;
-    float s;
-    memcpy(&s, &scale, 4);
-    return p * s;
-}
+#include "native.h"
 
 /* y = w @ x + bias for one row x [k], by the threads of torch's own pool. w [n, k] is packed as oneDNN packs it for
  * 16 rows: blocks of 64 outputs; in a block, for every input (float) or pair of inputs (bfloat16), 64 of them side by
@@ -164,6 +131,45 @@ void NAME(rope)(const T *x, long stride, const float *angles, T *y, long rows, l
                 out[i + half] = DOWN(high * cosine[i] + low * sine[i]);
             }
         }
+    }
+}
+
+/* One head: normalised if there are weights w, then rotated; d numbers. */
+static void NAME(turned)(const T *in, const T *w, float eps, const float *angles, T *out, long d) {
+    long half = d / 2;
+    float sum = 0, wide[d];
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < d; i++) {
+        wide[i] = UP(in[i]);
+        sum += wide[i] * wide[i];
+    }
+    float scale = 1.0f / sqrtf(sum / d + eps);
+    if (w)
+        for (long i = 0; i < d; i++) wide[i] *= scale * UP(w[i]);
+#pragma omp simd
+    for (long i = 0; i < half; i++) {
+        out[i] = DOWN(wide[i] * angles[i] - wide[i + half] * angles[i + half]);
+        out[i + half] = DOWN(wide[i + half] * angles[i] + wide[i] * angles[i + half]);
+    }
+}
+
+/* y = rotated q, contiguous; rotated k and v go to slots of the cache. Behind the rows' own slots, `copies` others get
+ * what the row source[r] wrote. Norms may be null. */
+void NAME(rope_kv_write)(const T *q, long q_stride, const T *k, long k_stride, const T *v, long v_stride,
+                         const float *angles, const T *q_norm, const T *k_norm, float eps, T *y, T *keys, T *values,
+                         const int64_t *slots, const int64_t *source, long rows, long copies, long heads,
+                         long kv_heads, long d) {
+    long n = kv_heads * d;
+    for (long r = 0; r < rows; r++) {
+        for (long h = 0; h < heads; h++)
+            NAME(turned)(q + r * q_stride + h * d, q_norm, eps, angles + r * d, y + (r * heads + h) * d, d);
+        for (long h = 0; h < kv_heads; h++)
+            NAME(turned)(k + r * k_stride + h * d, k_norm, eps, angles + r * d, keys + slots[r] * n + h * d, d);
+        memcpy(values + slots[r] * n, v + r * v_stride, n * sizeof(T));
+    }
+    for (long r = rows; r < rows + copies; r++) {
+        memcpy(keys + slots[r] * n, keys + slots[source[r]] * n, n * sizeof(T));
+        memcpy(values + slots[r] * n, values + slots[source[r]] * n, n * sizeof(T));
     }
 }
 

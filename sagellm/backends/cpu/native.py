@@ -1,4 +1,4 @@
-"""The kernels of native.c and linear.c, compiled once for this machine and kept in the user's cache folder.
+"""The kernels of native.c, linear.c and attention.c, compiled once for this machine, kept in the user's cache folder.
 
 Each function here has the meaning of its namesake in `kernels.py`, which serves where there is no C compiler and for
 types that native.c does not know. The code generator chooses, so the emitted text says which one runs.
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from sagellm.backends.cpu import kernels
+from sagellm.backends.cpu.columns import CpuRows, Parts
 from sagellm.backends.cpu.kernels import Packed
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "linear.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "linear.c", "attention.c"))
+HEADER = SOURCES[0].with_suffix(".h")
 # -fopenmp finds the libgomp that torch has loaded, so both use one pool of threads.
 FLAGS = (
     "-O3",
@@ -42,7 +44,10 @@ SIGNATURES = {
     "silu_mul": (P, P, L, L),
     "rope": (P, L, P, P, L, L, L),
     "kv_write": (P, L, P, P, L, L),
+    "rope_kv_write": (P, L, P, L, P, L, P, P, P, F, P, P, P, P, P, L, L, L, L, L),
     "gemv": (P, P, P, P, L, L),
+    "attend": (P, L, P, P, P, P, L, P, L, L, L, L, L, F, P, P),
+    "merge": (P, P, P, P, L, L, L),
     "linear": (P, P, P, P, L, L, L),
 }
 
@@ -65,7 +70,7 @@ def library() -> ctypes.CDLL:
         raise Unavailable(f"no C compiler ({compiler}): {error}") from error
     key = b"\0".join(
         [
-            *(source.read_bytes() for source in SOURCES),
+            *(source.read_bytes() for source in (HEADER, *SOURCES)),
             version,
             " ".join(FLAGS).encode(),
             _processor().encode(),
@@ -183,6 +188,31 @@ def kv_write(kv: tuple[Tensor, Tensor], k: Tensor, v: Tensor, rows) -> None:
     f(v.data_ptr(), v.stride(0), kv[1].data_ptr(), slots, count, width)
 
 
+def rope_kv_write(
+    kv: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: Tensor,
+    rows: CpuRows,
+    head_dim: int,
+    norms: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """Queries rotated, keys rotated and written with the values; all [T, heads * D], rows may be apart."""
+    count, width = q.shape
+    y = torch.empty((count, width), dtype=q.dtype)
+    q_norm, k_norm, eps = (
+        (None, None, 0.0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr(), norms[2])
+    )
+    source = None if rows.kv_source is None else rows.kv_source.data_ptr()
+    _function("rope_kv_write", q.dtype)(
+        q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), angles.data_ptr(),
+        q_norm, k_norm, eps, y.data_ptr(), kv[0].data_ptr(), kv[1].data_ptr(), rows.slots.data_ptr(), source,
+        count, len(rows.slots) - count, width // head_dim, k.shape[1] // head_dim, head_dim,
+    )  # fmt: skip
+    return y
+
+
 def pack_onednn(weight: Tensor) -> Packed:
     """As in `kernels`, and open to `gemv` where its bytes lie as native.c expects, which is tried out here.
 
@@ -208,6 +238,37 @@ def linear_onednn(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     at = None if bias is None else bias.data_ptr()
     _function("gemv", x.dtype)(x.data_ptr(), weight.address, at, y.data_ptr(), weight.outputs, x.shape[1])
     return y
+
+
+def decode_attention(
+    q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float, window: int | None = None
+) -> Tensor:
+    """One query a sequence, [D, H * head size], over the blocks where they lie."""
+    return _attend(q, kv, rows, rows.parts(window), scale)
+
+
+def cascade_attention(q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float) -> Tensor:
+    """As `decode_attention`; what a cohort shares is read once for all of its rows."""
+    return _attend(q, kv, rows, rows.cascade_parts(), scale)
+
+
+def _attend(q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, parts: Parts, scale: float) -> Tensor:
+    keys, values = kv
+    _, block_size, kv_heads, head_dim = keys.shape
+    heads, count = q.shape[1] // head_dim, rows.decode_count
+    out = torch.empty((len(parts.members), heads * head_dim), dtype=torch.float32)
+    lse = torch.empty((len(parts.members), heads), dtype=torch.float32)
+    _function("attend", q.dtype)(
+        q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), parts.members.data_ptr(),
+        rows.decode_blocks.data_ptr(), rows.decode_blocks.shape[1], parts.table.data_ptr(), len(parts.table),
+        kv_heads, heads // kv_heads, head_dim, block_size, scale, out.data_ptr(), lse.data_ptr(),
+    )  # fmt: skip
+    if parts.other is None:
+        return out.to(q.dtype)
+    joined = torch.empty((count, heads * head_dim), dtype=q.dtype)
+    f = _function("merge", q.dtype)
+    f(out.data_ptr(), lse.data_ptr(), parts.other.data_ptr(), joined.data_ptr(), count, heads, head_dim)
+    return joined
 
 
 def pack_panels(weight: Tensor) -> Packed:

@@ -85,6 +85,19 @@ class Share(SageOp):
 
 
 @irdl_op_definition
+class Cascade(SageOp):
+    """Decode rows that have the same first KV blocks read these together, and each the rest of its own.
+
+    The table's columns `cohort` and `common` say who and how many tokens. What attention gives is the same.
+    """
+
+    name = "batch.cascade"
+    group = operand_def(GroupType)
+    result = result_def(GroupType)
+    HINTS: ClassVar = ("cascade",)
+
+
+@irdl_op_definition
 class Rows(SageOp):
     """All rows of the groups on one flattened token axis, decodes first."""
 
@@ -149,6 +162,6 @@ class Commit(SageOp):
 
 BATCH = Dialect(
     "batch",
-    [Step, Group, Share, Rows, Sampling, Forward, Sample, Commit],
+    [Step, Group, Share, Cascade, Rows, Sampling, Forward, Sample, Commit],
     [GroupType, RowsType, SamplingType, TableAttr],
 )

@@ -338,6 +338,34 @@ class KvWrite(SageOp):
 
 
 @irdl_op_definition
+class RopeKvWrite(SageOp):
+    """`nn.rope`, and `nn.kv_write` of the rotated keys and the values; gives the rotated queries.
+
+    With `q_norm` and `k_norm`, each head is normalised before, as `nn.rms_norm` with `heads` does.
+    """
+
+    name = "nn.rope_kv_write"
+    head_dim = prop_def(IntegerAttr)
+    q_norm = opt_prop_def(SymbolRefAttr)
+    k_norm = opt_prop_def(SymbolRefAttr)
+    eps = opt_prop_def(FloatAttr)
+    q = operand_def(TensorType)
+    k = operand_def(TensorType)
+    v = operand_def(TensorType)
+    angles = operand_def(TensorType)
+    rows = operand_def(RowsType)
+    q_out = result_def(TensorType)
+    WRITES: ClassVar = ("kv",)
+    HINTS: ClassVar = ("q",)
+
+    def verify_(self) -> None:
+        if len({self.q_norm is None, self.k_norm is None, self.eps is None}) != 1:
+            raise VerifyException("nn.rope_kv_write wants q_norm, k_norm and eps together, or none of them")
+        if self.q.type != self.q_out.type or self.k.type != self.v.type:
+            raise VerifyException("nn.rope_kv_write keeps the type of q; k and v have one type")
+
+
+@irdl_op_definition
 class Attention(SageOp):
     """Causal attention of q [T, heads * D] over each row's cached keys and values; `window` limits how far back."""
 
@@ -437,7 +465,7 @@ NN = Dialect(
     "nn",
     [
         Func, Return, Call, Repeat, Embedding, Linear, Split, SplitRows, JoinRows, RmsNorm, Add, AddRmsNorm, Silu, Mul,
-        SiluMul, Cast, RopeGather, RopeDynamic, Rope, KvWrite, Attention, SelectOutputs,
+        SiluMul, Cast, RopeGather, RopeDynamic, Rope, KvWrite, RopeKvWrite, Attention, SelectOutputs,
         Bias, Penalize, Temperature, TopK, TopP, MinP, Draw, Argmax,
     ],
     [],

@@ -36,6 +36,11 @@ def share(scope: StepScope, op: batch.Share, members: Group) -> Group:
     return [evolve(member, waits=member.shared > 0) for member in members]
 
 
+def cascade(scope: StepScope, op: batch.Cascade, members: Group) -> Group:
+    """How keys are read changes nothing of what attention means."""
+    return members
+
+
 def rows(scope: StepScope, op: batch.Rows, *arguments: Group | frozenset[int]) -> Group:
     """Every sequence of the groups; each must have been given blocks."""
     room = set().union(*(a for a in arguments if isinstance(a, frozenset)))
@@ -151,6 +156,7 @@ def commit(scope: StepScope, op: batch.Commit, tokens: Tensor | list[Accepted], 
 MEANINGS = {
     batch.Group: group,
     batch.Share: share,
+    batch.Cascade: cascade,
     batch.Rows: rows,
     batch.Sampling: sampling,
     batch.Forward: forward,

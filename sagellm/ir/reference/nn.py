@@ -121,7 +121,11 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def kv_write(scope: ModelScope, op: nn.KvWrite, k: Tensor, v: Tensor, rows: LogicalRows) -> None:
-    k, v = (x.unflatten(-1, (-1, op.head_dim.value.data)) for x in (k, v))
+    _append(scope, op.head_dim.value.data, k, v, rows)
+
+
+def _append(scope: ModelScope, head_dim: int, k: Tensor, v: Tensor, rows: LogicalRows) -> None:
+    k, v = (x.unflatten(-1, (-1, head_dim)) for x in (k, v))
     for sequence, at in rows.parts():
         layers = scope.cache.setdefault(sequence.row, {})
         keys, values = layers.get(scope.kv_layer, (k[:0], v[:0]))
@@ -131,6 +135,19 @@ def kv_write(scope: ModelScope, op: nn.KvWrite, k: Tensor, v: Tensor, rows: Logi
                 f"{scope.layer}, where {len(keys)} are cached; accepted: the next position"
             )
         layers[scope.kv_layer] = torch.cat((keys, k[at])), torch.cat((values, v[at]))
+
+
+def rope_kv_write(
+    scope: ModelScope, op: nn.RopeKvWrite, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, rows: LogicalRows
+) -> Tensor:
+    if op.eps is not None and op.q_norm is not None and op.k_norm is not None:
+        d, eps = op.head_dim.value.data, op.eps.value.data
+        q, k = (
+            _normed(x.unflatten(-1, (-1, d)), scope.weight(weight), eps).reshape(x.shape)
+            for x, weight in ((q, op.q_norm), (k, op.k_norm))
+        )
+    _append(scope, op.head_dim.value.data, _rotated(k, angles), v, rows)
+    return _rotated(q, angles)
 
 
 def attention(scope: ModelScope, op: nn.Attention, q: Tensor, rows: LogicalRows) -> Tensor:
@@ -258,6 +275,7 @@ MEANINGS = {
     nn.RopeDynamic: rope_dynamic,
     nn.Rope: rope,
     nn.KvWrite: kv_write,
+    nn.RopeKvWrite: rope_kv_write,
     nn.Attention: attention,
     nn.SelectOutputs: select_outputs,
     nn.Bias: bias,

@@ -17,6 +17,9 @@ builtin.module {
     // CHECK: %shared = batch.share %prefill : !batch.group<prefill, shared>
     // GENERIC: %shared = "batch.share"(%prefill) : (!batch.group<prefill>) -> !batch.group<prefill, shared>
     %shared = batch.share %prefill : !batch.group<prefill, shared>
+    // CHECK: %cascade = batch.cascade %decode : !batch.group<decode, cascade>
+    // GENERIC: %cascade = "batch.cascade"(%decode) : (!batch.group<decode>) -> !batch.group<decode, cascade>
+    %cascade = batch.cascade %decode : !batch.group<decode, cascade>
     %blocks = kv.allocate %decode, %shared : !kv.blocks
     // CHECK: %rows = batch.rows %decode, %shared, %blocks : !batch.rows<decode, prefill, shared>
     // GENERIC: %rows = "batch.rows"(%decode, %shared, %blocks) : (!batch.group<decode>, !batch.group<prefill, shared>, !kv.blocks) -> !batch.rows<decode, prefill, shared>

@@ -57,6 +57,12 @@ builtin.module {
     // CHECK: nn.kv_write %k_1, %v, %rows {head_dim = 4}
     // GENERIC: "nn.kv_write"(%k_1, %v, %rows) <{head_dim = 4 : i64}> : (tensor<?x4xf32>, tensor<?x4xf32>, !batch.rows<decode, prefill>) -> ()
     nn.kv_write %k_1, %v, %rows {head_dim = 4}
+    // CHECK: %q_3 = nn.rope_kv_write %q, %k, %v, %angles, %rows {head_dim = 4} : tensor<?x8xf32>
+    // GENERIC: %q_3 = "nn.rope_kv_write"(%q, %k, %v, %angles, %rows) <{head_dim = 4 : i64}> : (tensor<?x8xf32>, tensor<?x4xf32>, tensor<?x4xf32>, tensor<?x4xf32>, !batch.rows<decode, prefill>) -> tensor<?x8xf32>
+    %q_3 = nn.rope_kv_write %q, %k, %v, %angles, %rows {head_dim = 4} : tensor<?x8xf32>
+    // CHECK: %q_4 = nn.rope_kv_write %q, %k, %v, %angles, %rows {eps = 1.0e-06, head_dim = 4, k_norm = @k_norm, q_norm = @q_norm} : tensor<?x8xf32>
+    // GENERIC: "nn.rope_kv_write"(%q, %k, %v, %angles, %rows) <{eps = 1.000000e-06 : f64, head_dim = 4 : i64, k_norm = @k_norm, q_norm = @q_norm}>
+    %q_4 = nn.rope_kv_write %q, %k, %v, %angles, %rows {eps = 1.0e-06, head_dim = 4, k_norm = @k_norm, q_norm = @q_norm} : tensor<?x8xf32>
     // CHECK: %attn = nn.attention %q_2, %rows {head_dim = 4, kv_heads = 1, scale = 0.5, window = 16} : tensor<?x8xf32>
     // GENERIC: %attn = "nn.attention"(%q_2, %rows) <{head_dim = 4 : i64, kv_heads = 1 : i64, scale = 5.000000e-01 : f64, window = 16 : i64}> : (tensor<?x8xf32>, !batch.rows<decode, prefill>) -> tensor<?x8xf32>
     %attn = nn.attention %q_2, %rows {head_dim = 4, kv_heads = 1, scale = 0.5, window = 16} : tensor<?x8xf32>

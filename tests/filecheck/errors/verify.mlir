@@ -101,3 +101,12 @@ builtin.module {
     weights.store %a_proj, @a_proj
   }
 }
+
+// -----
+// CHECK: nn.rope_kv_write wants q_norm, k_norm and eps together, or none of them
+builtin.module {
+  nn.func @layer(%q: tensor<?x8xf32>, %k: tensor<?x4xf32>, %v: tensor<?x4xf32>, %angles: tensor<?x4xf32>, %rows: !batch.rows<decode>) -> tensor<?x8xf32> {
+    %q_1 = nn.rope_kv_write %q, %k, %v, %angles, %rows {head_dim = 4, q_norm = @q_norm} : tensor<?x8xf32>
+    nn.return %q_1
+  }
+}

@@ -2,18 +2,20 @@
 // RUN: sagellm opt %s --split-input-file -p kernel-fusion --remarks --without nn.split \
 // RUN:     | filecheck %s --check-prefix NO-SPLIT
 // RUN: sagellm opt %s --split-input-file -p kernel-fusion --remarks --without nn.silu_mul \
-// RUN:     --without nn.add_rms_norm | filecheck %s --check-prefix NO-FUSED
+// RUN:     --without nn.add_rms_norm --without nn.rope_kv_write | filecheck %s --check-prefix NO-FUSED
 
 // A whole layer: q, k and v are one product with one bias, gate and up one, and the weights program joins them.
 
 // CHECK: // kernel-fusion: applied at %q = nn.linear (operation 3 of @layer): @q_proj + @k_proj + @v_proj -> @qkv_proj: one product of 16 columns for 3
+// CHECK-NEXT: // kernel-fusion: applied at nn.kv_write (operation 4 of @layer): rope + kv_write -> rope_kv_write
 // CHECK-NEXT: // kernel-fusion: applied at {{.*}}: add + rms_norm -> add_rms_norm
 // CHECK-NEXT: // kernel-fusion: applied at {{.*}}: @gate_proj + @up_proj -> @gate_up_proj: one product of 32 columns for 2
 // CHECK-NEXT: // kernel-fusion: applied at {{.*}}: split + silu + mul -> silu_mul
 // CHECK: nn.func @layer
 // CHECK-NEXT: %qkv = nn.linear %h, @qkv_proj {bias = @qkv_bias} : tensor<?x16xf32>
 // CHECK-NEXT: %q, %k, %v = nn.split %qkv {sizes = [8, 4, 4]} : tensor<?x8xf32>, tensor<?x4xf32>, tensor<?x4xf32>
-// CHECK-NEXT: nn.rope %q, %k, %angles
+// CHECK-NEXT: %q_1 = nn.rope_kv_write %q, %k, %v, %angles, %rows {head_dim = 4} : tensor<?x8xf32>
+// CHECK-NEXT: nn.attention %q_1, %rows
 // CHECK: %x_1, %h_1 = nn.add_rms_norm %x, %attn, @mlp_norm {eps = 1.0e-06} : tensor<?x8xf32>, tensor<?x8xf32>
 // CHECK-NEXT: %gate_up = nn.linear %h_1, @gate_up_proj : tensor<?x32xf32>
 // CHECK-NEXT: %m = nn.silu_mul %gate_up : tensor<?x16xf32>
@@ -27,13 +29,16 @@
 
 // Without nn.split there is nothing to cut the joint product with.
 // NO-SPLIT: declined at %q = nn.linear (operation 1 of @layer): @q_proj + @k_proj + @v_proj: cpu has no nn.split
-// NO-SPLIT: declined at %gate = nn.linear (operation 8 of @layer): @gate_proj + @up_proj: cpu has no nn.split
-// NO-SPLIT: declined at %m = nn.mul (operation 11 of @layer): gate and up are not the halves of one product
+// NO-SPLIT: declined at %gate = nn.linear (operation 7 of @layer): @gate_proj + @up_proj: cpu has no nn.split
+// NO-SPLIT: declined at %m = nn.mul (operation 10 of @layer): gate and up are not the halves of one product
 // NO-SPLIT: %q = nn.linear %h, @q_proj {bias = @q_bias} : tensor<?x8xf32>
 // NO-SPLIT: nn.silu
 
+// NO-FUSED: declined at nn.kv_write (operation 4 of @layer): cpu has no nn.rope_kv_write
 // NO-FUSED: declined at %h = nn.rms_norm (operation 7 of @layer): cpu has no nn.add_rms_norm
 // NO-FUSED: declined at %m = nn.mul (operation 11 of @layer): cpu has no nn.silu_mul
+// NO-FUSED: nn.rope
+// NO-FUSED-NEXT: nn.kv_write
 // NO-FUSED: %x_1 = nn.add
 // NO-FUSED: %h_1 = nn.rms_norm
 // NO-FUSED: nn.split
@@ -167,5 +172,45 @@ builtin.module {
     %s = nn.add %x, %y : tensor<?x8xf32>
     %h = nn.rms_norm %s, @q_norm {eps = 1.0e-06, heads = 2} : tensor<?x8xf32>
     nn.return %h
+  }
+}
+
+// -----
+// The norms of q's and k's heads go with the rotation, unless something else reads one, or they differ; rotated keys
+// that are read elsewhere stay.
+
+// CHECK: applied at nn.kv_write (operation 4 of @normed): q and k norm + rope + kv_write -> rope_kv_write
+// CHECK-NEXT: applied at nn.kv_write (operation 4 of @other_eps): rope + kv_write -> rope_kv_write
+// CHECK-NEXT: declined at nn.kv_write (operation 2 of @read_elsewhere): what is rotated is read before it is written
+// CHECK: nn.func @normed
+// CHECK-NEXT: %q_1 = nn.rope_kv_write %q, %k, %v, %angles, %rows {eps = 1.0e-06, head_dim = 4, k_norm = @k_norm, q_norm = @q_norm} : tensor<?x8xf32>
+// CHECK-NEXT: nn.return %q_1
+// CHECK: nn.func @other_eps
+// CHECK: nn.rms_norm
+// CHECK: nn.rms_norm
+// CHECK-NEXT: nn.rope_kv_write {{.*}} {head_dim = 4}
+// CHECK: nn.func @read_elsewhere
+// CHECK-NEXT: nn.rope %
+// CHECK-NEXT: nn.kv_write
+
+builtin.module {
+  nn.func @normed(%q: tensor<?x8xf32>, %k: tensor<?x4xf32>, %v: tensor<?x4xf32>, %angles: tensor<?x4xf32>, %rows: !batch.rows<decode>) -> tensor<?x8xf32> {
+    %a = nn.rms_norm %q, @q_norm {eps = 1.0e-06, heads = 2} : tensor<?x8xf32>
+    %b = nn.rms_norm %k, @k_norm {eps = 1.0e-06, heads = 1} : tensor<?x4xf32>
+    %q_1, %k_1 = nn.rope %a, %b, %angles {head_dim = 4} : tensor<?x8xf32>, tensor<?x4xf32>
+    nn.kv_write %k_1, %v, %rows {head_dim = 4}
+    nn.return %q_1
+  }
+  nn.func @other_eps(%q: tensor<?x8xf32>, %k: tensor<?x4xf32>, %v: tensor<?x4xf32>, %angles: tensor<?x4xf32>, %rows: !batch.rows<decode>) -> tensor<?x8xf32> {
+    %a = nn.rms_norm %q, @q_norm {eps = 1.0e-06, heads = 2} : tensor<?x8xf32>
+    %b = nn.rms_norm %k, @k_norm {eps = 1.0e-05, heads = 1} : tensor<?x4xf32>
+    %q_1, %k_1 = nn.rope %a, %b, %angles {head_dim = 4} : tensor<?x8xf32>, tensor<?x4xf32>
+    nn.kv_write %k_1, %v, %rows {head_dim = 4}
+    nn.return %q_1
+  }
+  nn.func @read_elsewhere(%q: tensor<?x8xf32>, %k: tensor<?x4xf32>, %v: tensor<?x4xf32>, %angles: tensor<?x4xf32>, %rows: !batch.rows<decode>) -> (tensor<?x8xf32>, tensor<?x4xf32>) {
+    %q_1, %k_1 = nn.rope %q, %k, %angles {head_dim = 4} : tensor<?x8xf32>, tensor<?x4xf32>
+    nn.kv_write %k_1, %v, %rows {head_dim = 4}
+    nn.return %q_1, %k_1
   }
 }

@@ -1,0 +1,203 @@
+/* Attention of a step's decode rows over the paged cache, read in place.
+ *
+ * A part is some decode rows, a block table and a range of positions: one row over all it has cached, or all rows of
+ * a cohort over the beginning that they share, where each key and value is loaded once for all of them. A part gives
+ * a normalised result and the log of its softmax's denominator, from which `merge` joins a row's parts exactly
+ * (online softmax, Milakov & Gimelshein 2018; shared beginnings: Hydragen, Juravsky et al. 2024).
+ *
+ * Queries lie in the lanes of vectors: a tile of keys times a tile of queries is then a matrix product of outer
+ * products, and the softmax needs no sum across lanes. All arithmetic is float32.
+ */
+#ifndef T
+#include "native.h"
+
+#define KEYS 96 /* of a tile */
+#define QUERIES 128 /* of a unit of work, at most */
+#define PARTS 5 /* columns of the table of parts */
+
+/* s [n][w] becomes exp(s - max); o [d][w], sum and max are brought to the new maximum. */
+static inline void softmax(float *restrict s, float *restrict o, float *restrict max, float *restrict sum, long n,
+                           long d, const int w) {
+    float before[16];
+    memcpy(before, max, w * sizeof(float));
+    for (long i = 0; i < n * w; i += w)
+#pragma omp simd
+        for (int j = 0; j < w; j++) max[j] = s[i + j] > max[j] ? s[i + j] : max[j];
+    if (memcmp(before, max, w * sizeof(float))) {
+#pragma omp simd
+        for (int j = 0; j < w; j++) sum[j] *= before[j] = exponential(before[j] - max[j]);
+        for (long e = 0; e < d * w; e += w)
+#pragma omp simd
+            for (int j = 0; j < w; j++) o[e + j] *= before[j];
+    }
+    for (long i = 0; i < n * w; i += w)
+#pragma omp simd
+        for (int j = 0; j < w; j++) s[i + j] -= max[j];
+#pragma omp simd
+    for (long i = 0; i < n * w; i++) s[i] = exponential(s[i]);
+    for (long i = 0; i < n * w; i += w)
+#pragma omp simd
+        for (int j = 0; j < w; j++) sum[j] += s[i + j];
+}
+
+/* A tile of n keys for N vectors of W queries: scores, softmax so far, weighted values.
+ * q, o [d][N * W]; max, sum [N * W]; k, v: one pointer a key. S * N and R * N sums at a time hide the latency. */
+#define TILE(NAME, W, N, S, R)                                                                                      \
+    typedef float lanes##NAME __attribute__((vector_size(4 * W), aligned(4), may_alias));                           \
+    static void tile##NAME(const float *q, const float *const *k, const float *const *v, float *o, float *max,      \
+                           float *sum, long n, long d) {                                                            \
+        float s[KEYS * N * W];                                                                                     \
+        for (long i = 0; i < n; i += S) {                                                                           \
+            lanes##NAME t[S][N];                                                                                    \
+            for (int r = 0; r < S; r++)                                                                             \
+                for (int c = 0; c < N; c++) t[r][c] = (lanes##NAME){0};                                             \
+            for (long e = 0; e < d; e++) {                                                                          \
+                const lanes##NAME *x = (const lanes##NAME *)(q + e * N * W);                                        \
+                for (int r = 0; r < S; r++)                                                                         \
+                    for (int c = 0; c < N; c++) t[r][c] += x[c] * k[i + r][e];                                      \
+            }                                                                                                       \
+            for (int r = 0; r < S; r++)                                                                             \
+                for (int c = 0; c < N; c++) ((lanes##NAME *)(s + (i + r) * N * W))[c] = t[r][c];                    \
+        }                                                                                                           \
+        softmax(s, o, max, sum, n, d, N * W);                                                                       \
+        long e = 0;                                                                                                 \
+        for (; e + R <= d; e += R) {                                                                                \
+            lanes##NAME t[R][N];                                                                                    \
+            for (int r = 0; r < R; r++)                                                                             \
+                for (int c = 0; c < N; c++) t[r][c] = ((lanes##NAME *)(o + (e + r) * N * W))[c];                    \
+            for (long i = 0; i < n; i++) {                                                                          \
+                const lanes##NAME *x = (const lanes##NAME *)(s + i * N * W);                                        \
+                const float *y = v[i] + e;                                                                          \
+                for (int r = 0; r < R; r++)                                                                         \
+                    for (int c = 0; c < N; c++) t[r][c] += x[c] * y[r];                                             \
+            }                                                                                                       \
+            for (int r = 0; r < R; r++)                                                                             \
+                for (int c = 0; c < N; c++) ((lanes##NAME *)(o + (e + r) * N * W))[c] = t[r][c];                    \
+        }                                                                                                           \
+        for (; e < d; e++)                                                                                          \
+            for (long i = 0; i < n; i++)                                                                            \
+                for (long j = 0; j < N * W; j++) o[e * N * W + j] += s[i * N * W + j] * v[i][e];                    \
+    }
+
+TILE(4, 4, 1, 8, 8)
+TILE(8, 8, 1, 8, 8)
+#ifdef __AVX512F__
+TILE(16, 16, 1, 8, 8)
+#else
+TILE(16, 8, 2, 6, 4)
+#endif
+
+#define T float
+#define NAME(f) f##_f32
+#define UP up_f32
+#define DOWN down_f32
+#define DIRECT 1
+#include "attention.c"
+#undef T
+#undef NAME
+#undef UP
+#undef DOWN
+#undef DIRECT
+#define T bf16
+#define NAME(f) f##_bf16
+#define UP up_bf16
+#define DOWN down_bf16
+#define DIRECT 0
+#include "attention.c"
+
+#else
+
+/* Queries first .. first + count of a part (query number: member * group + head of the group) over its positions. */
+static void NAME(unit)(const T *q, long stride, const T *keys, const T *values, const int64_t *members,
+                       const int64_t *table, long from, long to, long first, long count, long head, long heads,
+                       long group, long d, long block, float scale, float *out, float *lse) {
+    long m = count <= 4 ? 4 : count <= 8 ? 8 : 16, all = (count + m - 1) / m * m;
+    void (*tile)(const float *, const float *const *, const float *const *, float *, float *, float *, long, long) =
+        m == 4 ? tile4 : m == 8 ? tile8 : tile16;
+    float wide[d * all], o[d * all], max[QUERIES], sum[QUERIES]; /* [all / m][d][m] */
+#if !DIRECT
+    float kept[2][KEYS * d];
+#endif
+    for (long j = 0; j < all; j++) {
+        long query = first + j, at = j / m * d * m + j % m;
+        const T *x = j < count ? q + members[query / group] * stride + (head * group + query % group) * d : q;
+        max[j] = -INFINITY, sum[j] = 0;
+        for (long e = 0; e < d; e++) wide[at + e * m] = UP(x[e]) * scale, o[at + e * m] = 0;
+    }
+    for (long at = from; at < to; at += KEYS) {
+        const float *k[KEYS], *v[KEYS];
+        long n = to - at < KEYS ? to - at : KEYS, ahead = to - at < 2 * KEYS ? to - at : 2 * KEYS;
+        for (long i = 0; i < ahead; i++) {
+            long slot = ((table[(at + i) / block] * block + (at + i) % block) * heads + head) * d;
+            if (i >= n) { /* the next tile: the processor does not guess what lies across blocks */
+                for (long e = 0; e < d; e += 64 / (long)sizeof(T)) {
+                    __builtin_prefetch(keys + slot + e);
+                    __builtin_prefetch(values + slot + e);
+                }
+                continue;
+            }
+#if DIRECT
+            k[i] = keys + slot, v[i] = values + slot;
+#else
+            for (long e = 0; e < d; e++) kept[0][i * d + e] = UP(keys[slot + e]);
+            for (long e = 0; e < d; e++) kept[1][i * d + e] = UP(values[slot + e]);
+            k[i] = kept[0] + i * d, v[i] = kept[1] + i * d;
+#endif
+        }
+        for (long i = n; i < KEYS; i++) k[i] = k[0]; /* scores of these are not read */
+        for (long j = 0; j < all; j += m) tile(wide + j * d, k, v, o + j * d, max + j, sum + j, n, d);
+    }
+    for (long j = 0; j < count; j++) {
+        long query = ((first + j) / group * heads + head) * group + (first + j) % group;
+        lse[query] = max[j] + logf(sum[j]);
+        for (long e = 0; e < d; e++) out[query * d + e] = o[j / m * d * m + e * m + j % m] / sum[j];
+    }
+}
+
+/* For every part, results `out` [members, heads * group, d] and `lse` [members, heads * group], float.
+ * q: rows `stride` apart. parts [n][PARTS]: first member, members, row of the block table, positions from, to;
+ * tables [rows, width]. */
+void NAME(attend)(const T *q, long stride, const T *keys, const T *values, const int64_t *members,
+                  const int64_t *tables, long width, const int64_t *parts, long n, long heads, long group, long d,
+                  long block, float scale, float *out, float *lse) {
+    long tiles = 0, work = 0, first[n + 1];
+    for (long p = 0; p < n; p++) {
+        long queries = parts[p * PARTS + 1] * group;
+        first[p] = tiles;
+        tiles += (queries + QUERIES - 1) / QUERIES;
+        work += queries * (parts[p * PARTS + 4] - parts[p * PARTS + 3]);
+    }
+    first[n] = tiles;
+#pragma omp parallel for schedule(dynamic, 1) if (work * heads * d > 100000)
+    for (long u = 0; u < tiles * heads; u++) {
+        long tile = u / heads, head = u % heads, low = 0, high = n;
+        while (high - low > 1) { /* the part that holds the tile */
+            long middle = (low + high) / 2;
+            if (first[middle] <= tile) low = middle;
+            else high = middle;
+        }
+        const int64_t *p = parts + low * PARTS;
+        long begin = (tile - first[low]) * QUERIES, count = p[1] * group - begin;
+        NAME(unit)(q, stride, keys, values, members + p[0], tables + p[2] * width, p[3], p[4], begin,
+                   count < QUERIES ? count : QUERIES, head, heads, group, d, block, scale,
+                   out + p[0] * heads * group * d, lse + p[0] * heads * group);
+    }
+}
+
+/* y [n, heads, d]: for row r its part r of `out`, joined with part other[r] where that is not -1. */
+void NAME(merge)(const float *out, const float *lse, const int64_t *other, T *y, long n, long heads, long d) {
+    for (long r = 0; r < n; r++)
+        for (long h = 0; h < heads; h++) {
+            const float *a = out + (r * heads + h) * d;
+            T *to = y + (r * heads + h) * d;
+            if (other[r] < 0) {
+                for (long e = 0; e < d; e++) to[e] = DOWN(a[e]);
+                continue;
+            }
+            long b = other[r] * heads + h;
+            float share = 1.0f / (1.0f + expf(lse[b] - lse[r * heads + h])); /* of part r in the whole denominator */
+            for (long e = 0; e < d; e++) to[e] = DOWN(a[e] * share + out[b * d + e] * (1.0f - share));
+        }
+}
+
+#endif

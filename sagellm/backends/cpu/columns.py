@@ -1,0 +1,152 @@
+"""A step's columns as the CPU's kernels read them: tensors that share memory with the numpy arrays they come from."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from sagellm.rows import Rows
+
+
+@frozen
+class Parts:
+    """What attention of the decode rows is cut into. M members, N parts."""
+
+    members: Tensor
+    """[M] decode rows: of the first part, of the second ..."""
+    table: Tensor
+    """[N, 5] first member, members, row of the block table, positions from, to."""
+    other: Tensor | None
+    """[D] for the row's own part, which is the member of its number, the member it is joined with, or -1."""
+
+
+class CpuRows:
+    def __init__(self, rows: Rows, block_size: int):
+        self.tokens = torch.from_numpy(rows.tokens)
+        self.positions = torch.from_numpy(rows.positions)
+        self.lengths = torch.from_numpy(rows.lengths)
+        self.slots = torch.from_numpy(rows.slots)
+        self.kv_source = None if rows.kv_source is None else torch.from_numpy(rows.kv_source)
+        self.outputs = torch.from_numpy(rows.outputs)
+        self.decode_count = len(rows.decode_lengths)
+        self.decode_blocks = torch.from_numpy(np.ascontiguousarray(rows.decode_blocks))
+        self._rows, self._block_size = rows, block_size
+        self.longest = int(rows.decode_lengths.max()) if self.decode_count else 0
+        self.prefills = []
+        offsets = rows.prefill_offsets.tolist()
+        for i, length in enumerate(rows.prefill_lengths.tolist() if rows.trees is None else ()):
+            first, end = offsets[i], offsets[i + 1]
+            blocks = torch.from_numpy(rows.prefill_blocks[i, : -(-length // block_size)])
+            self.prefills.append((first, end, length, blocks, end - first == length))
+        self._made: dict = {}
+        if rows.trees is not None:
+            self.tree_nodes = torch.from_numpy(rows.trees.nodes)
+            self.tree_blocks = torch.from_numpy(rows.prefill_blocks.reshape(-1))
+            within = np.arange(rows.trees.nodes.shape[1]) < rows.trees.counts[:, None]
+            self.tree_places = torch.from_numpy(np.flatnonzero(within))
+
+    def _once(self, key, make):
+        """What several layers want is made once a step."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[D, 1, 1, width]: 0 where a cached token is visible, -inf where not."""
+        return self._once(("mask", window), lambda: self._decode_mask(window, dtype))
+
+    def _decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        at = torch.arange(self.decode_blocks.shape[1] * self._block_size)
+        lengths = torch.from_numpy(self._rows.decode_lengths).view(-1, 1)
+        hidden = at >= lengths
+        if window is not None:
+            hidden |= at < lengths - window
+        return _hiding(hidden, dtype)
+
+    def tree_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[P, 1, W, width]: 0 where a node sees a cached token or a node of its tree, else -inf."""
+        return self._once(("tree", window), lambda: self._tree_mask(window, dtype))
+
+    def _tree_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        trees, rows = self._rows.trees, self._rows
+        count, widest = trees.nodes.shape
+        width = rows.prefill_blocks.shape[1] * self._block_size
+        context = (rows.prefill_lengths - trees.counts)[:, None]
+        key_at = np.repeat(np.arange(width + widest)[None], count, 0)
+        visible = np.repeat((key_at < context)[:, None], widest, 1)
+        cells = context + np.arange(widest)
+        at = rows.positions[trees.nodes]
+        np.put_along_axis(visible, np.repeat(cells[:, None], widest, 1), trees.sees, 2)
+        np.put_along_axis(key_at, cells, at, 1)
+        if window is not None:
+            visible &= key_at[:, None] > at[:, :, None] - window
+        hidden = torch.from_numpy(~visible[:, None, :, :width])
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+    def parts(self, window: int | None) -> Parts:
+        """A part for each decode row."""
+        return self._once(("parts", window), lambda: self._parts(window))
+
+    def _parts(self, window: int | None) -> Parts:
+        count, lengths = self.decode_count, self._rows.decode_lengths
+        first = np.zeros_like(lengths) if window is None else np.maximum(0, lengths - window)
+        table = np.stack([np.arange(count), np.ones(count), np.arange(count), first, lengths], 1)
+        return Parts(torch.arange(count), torch.from_numpy(table.astype(np.int64)), None)
+
+    def cascade_parts(self) -> Parts:
+        """A part for each decode row behind what its cohort shares, and one for each cohort."""
+        return self._once("cascade", self._cascade_parts)
+
+    def _cascade_parts(self) -> Parts:
+        r, count = self._rows, self.decode_count
+        own = np.stack(
+            [np.arange(count), np.ones(count), np.arange(count), self._own_starts(), r.decode_lengths], 1
+        )
+        first, zero = count + r.cohort_offsets[:-1], np.zeros(len(r.cohort_common))
+        leaders = r.cohort_rows[r.cohort_offsets[:-1]]
+        common = np.stack([first, np.diff(r.cohort_offsets), leaders, zero, r.cohort_common], 1)
+        other = np.full(count, -1)
+        other[r.cohort_rows] = count + np.arange(len(r.cohort_rows))
+        return Parts(
+            torch.from_numpy(np.concatenate([np.arange(count), r.cohort_rows])),
+            torch.from_numpy(np.concatenate([common, own]).astype(np.int64)),
+            torch.from_numpy(other),
+        )
+
+    def _own_starts(self) -> np.ndarray:
+        """[D] tokens that a row's cohort reads for it."""
+        r, starts = self._rows, np.zeros(self.decode_count, np.int64)
+        starts[r.cohort_rows] = np.repeat(r.cohort_common, np.diff(r.cohort_offsets))
+        return starts
+
+    @property
+    def cohorts(self) -> list[tuple[Tensor, Tensor]]:
+        """(decode rows, shared blocks) of each cohort."""
+        return self._once("cohorts", self._cohorts)
+
+    def _cohorts(self) -> list[tuple[Tensor, Tensor]]:
+        r, found = self._rows, []
+        for first, end, common in zip(r.cohort_offsets[:-1], r.cohort_offsets[1:], r.cohort_common):
+            rows = torch.from_numpy(r.cohort_rows[first:end])
+            found.append((rows, self.decode_blocks[rows[0], : common // self._block_size]))
+        return found
+
+    def own_blocks(self) -> tuple[Tensor, Tensor]:
+        """[D * longest] blocks behind what the cohorts share, padded with block 0, and a mask as `decode_mask`."""
+        return self._once("own", self._own_blocks)
+
+    def _own_blocks(self) -> tuple[Tensor, Tensor]:
+        starts = self._own_starts()
+        lengths = torch.from_numpy(self._rows.decode_lengths - starts).view(-1, 1)
+        width = -(-int(lengths.max()) // self._block_size)
+        at = torch.from_numpy(starts // self._block_size).view(-1, 1) + torch.arange(width)
+        last = self.decode_blocks.shape[1] - 1
+        blocks = self.decode_blocks.gather(1, at.clamp(max=last)).masked_fill_(at > last, 0)
+        return blocks.view(-1), _hiding(torch.arange(width * self._block_size) >= lengths, torch.float32)
+
+
+def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """[D, width] to [D, 1, 1, width]: -inf where hidden, else 0."""
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
