@@ -179,7 +179,7 @@ def test_stop_strings_end_a_text_in_the_middle_of_what_was_accepted():
             hows = [SamplingParams(max_tokens=40, stop=free.text[at : at + 3]) for at in (9, 16, 25)]
             told.append([engine.generate(["Once upon a time"], how)[0] for how in hows])
             stats = engine.stats()
-    assert stats.accepted > 20
+    assert stats.accepted > 10
     for one, other in zip(*told):
         assert (one.text, one.token_ids, one.finish_reason) == (other.text, other.token_ids, "stop")
 
@@ -218,7 +218,7 @@ def decode(rows: int, tokens: list[int]) -> tuple[Batch, StepView]:
         columns.context[row], columns.new[row] = len(tokens) - 1, 1
     batch = Batch(columns, np.arange(rows), np.zeros(0, np.int64))
     batch.spare = (1000, 1000)
-    return batch, StepView(CostModel(), COST, Drafts(columns))
+    return batch, StepView(CostModel(), step=COST, drafts=Drafts(columns))
 
 
 def test_guesses_are_as_many_as_cost_nothing():
