@@ -210,6 +210,7 @@ class Columns:
         self.sample = np.zeros(capacity, np.int64)
         """Which of a request's `n` samples this is."""
         self.tenant = np.zeros(capacity, np.int64)
+        self.priority = np.zeros(capacity, np.int32)
         """A number of the request's salt: sequences of different ones share nothing."""
         self.prompt = np.zeros(capacity, np.int32)
         self.length = np.zeros(capacity, np.int32)
@@ -259,6 +260,7 @@ class Columns:
         known = request.prompt + (request.output[sample] if sample < len(request.output) else [])
         self.tokens[row, : len(known)] = known
         self.number[row], self.sample[row], self.seed[row] = number, sample, seed
+        self.priority[row] = request.priority
         self.tenant[row] = int.from_bytes(sha256(request.salt.encode()).digest()[:8], "big", signed=True)
         self.prompt[row], self.length[row] = len(request.prompt), len(known)
         self.limit[row] = min(len(request.prompt) + how.max_tokens, self.max_length)
@@ -292,14 +294,20 @@ def _put(column: np.ndarray, row: int, values, rest: float) -> np.ndarray:
     return column
 
 
+AHEAD = "ahead"
+"""When blocks go to host memory that stay on the device through the step: at any time in it."""
+
+
 @define
 class Moves:
-    """Blocks that change their place before a step computes, in this order; empty again once a step did it."""
+    """Blocks that change their place in a step, in this order; empty again once a step did it."""
 
     evict: list[int] = field(factory=list)
     """Blocks that leave the device's prefix index."""
     offload: list[tuple[int, int]] = field(factory=list)
     """(block, slot in host memory)."""
+    ahead: list[tuple[int, int]] = field(factory=list)
+    """(block, slot in host memory), of blocks that stay through this step."""
     fetch: list[tuple[int, int]] = field(factory=list)
     """(slot in host memory, block)."""
     copy: list[tuple[int, int]] = field(factory=list)
@@ -312,13 +320,17 @@ class Batch:
     What passes decided is in the columns; the structure of it in `facts`, by phase; in words in `notes`, by pass.
     """
 
-    __slots__ = ("columns", "decode", "facts", "moves", "notes", "prefill")
+    __slots__ = ("ahead", "columns", "decode", "facts", "leaving", "moves", "notes", "offload", "prefill")
 
     def __init__(self, columns: Columns, decode: np.ndarray, prefill: np.ndarray):
         self.columns, self.decode, self.prefill = columns, decode, prefill
         self.facts: dict[Phase, tuple[str, ...]] = {}
         self.notes: dict[str, str] = {}
         self.moves = Moves()
+        self.leaving = self.ahead = np.zeros(0, np.int64)
+        """Idle blocks that make room for this step, and those that may make room for the next, in their order."""
+        self.offload = False
+        """Do blocks that leave go to host memory?"""
 
     def rows(self, phase: Phase) -> np.ndarray:
         return self.decode if phase is Phase.DECODE else self.prefill

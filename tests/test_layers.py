@@ -8,7 +8,19 @@ import pytest
 ROOT = Path(__file__).parent.parent / "sagellm"
 
 LAYERS = [
-    {"errors", "checks", "documents", "batch", "rows", "random", "schemas", "target", "config", "__init__"},
+    {
+        "errors",
+        "checks",
+        "documents",
+        "batch",
+        "rows",
+        "random",
+        "schemas",
+        "target",
+        "config",
+        "kv",
+        "__init__",
+    },
     {"ir"},
     {"models", "passes"},
     {"backends"},

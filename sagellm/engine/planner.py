@@ -58,7 +58,6 @@ class Planner:
         self.compiler = Compiler(self.model, self.backend, self.pipeline, self.dtype, config.verify)
         self.expected = expected_tensors(self.compiler.model(("prefill",)).graph)
         """The checkpoint's tensors that are read, with their shapes."""
-        self.view = StepView(self.backend.costs)
         self.columns = Columns(config.max_sequences, self._max_length(), self.kv_schema.block_size)
         if self.model.rope.kind == "dynamic":
             self.columns.alike_up_to = self.model.rope.original_max_positions
@@ -69,6 +68,8 @@ class Planner:
             caching=config.prefix_caching,
             host_slots=int(config.host_kv_gib * 2**30 / self.kv_schema.bytes_per_block),
         )
+        self.view = StepView(self.backend.costs, self.kv)
+        self.pipeline.prepare(self.view)
         self.scheduler = Scheduler(
             self.columns,
             self.kv,

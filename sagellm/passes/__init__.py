@@ -15,12 +15,13 @@ ENTRY_POINTS = "sagellm.passes"
 
 PASSES = {
     "prefix-dedup": "sagellm.passes.prefix_dedup:PrefixDedup",
+    "kv-eviction-placement": "sagellm.passes.kv_eviction_placement:KVEvictionPlacement",
     "kernel-fusion": "sagellm.passes.kernel_fusion:KernelFusion",
     "pack-weights": "sagellm.passes.pack_weights:PackWeights",
     "cleanup": "sagellm.passes.cleanup:Cleanup",
 }
 
-DEFAULT = "prefix-dedup,cleanup,kernel-fusion,pack-weights"
+DEFAULT = "prefix-dedup,kv-eviction-placement,cleanup,kernel-fusion,pack-weights"
 
 
 def _load(path: str) -> type[Pass]:

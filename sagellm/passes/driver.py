@@ -23,6 +23,7 @@ from sagellm.ir.attrs import TableAttr
 from sagellm.ir.check import describe
 from sagellm.ir.edit import only_block, operations
 from sagellm.ir.graph import IRGraph
+from sagellm.kv.view import KVView
 from sagellm.target import CapabilityDescriptor, CostModel
 
 
@@ -56,6 +57,8 @@ class StepView:
     """What a pass may see beside the columns when it decides about a step."""
 
     costs: CostModel = field(factory=CostModel)
+    kv: KVView | None = None
+    """The engine's KV cache; None where a batch is looked at outside one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,9 @@ class Pass:
                 for pattern in patterns.get(type(op), ()):
                     if op.parent is not None:
                         pattern(self, op, graph, context)
+
+    def prepare(self, view: StepView) -> None:
+        """Batch passes: settle what holds for all steps, before the first one."""
 
     def decide(self, batch: Batch, view: StepView) -> None:
         """Batch passes: write decisions about this step into the batch's columns and facts."""
@@ -136,6 +142,11 @@ class Pipeline:
 
     def __str__(self) -> str:
         return ",".join(map(str, self.passes))
+
+    def prepare(self, view: StepView) -> None:
+        """Every batch pass settles what holds for all steps of an engine."""
+        for p in self.passes:
+            p.prepare(view)
 
     def decide(self, batch: Batch, view: StepView) -> None:
         """Every batch pass decides about this step, anew."""

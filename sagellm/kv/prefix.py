@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from hashlib import sha256
 
 import numpy as np
 from attrs import field, frozen
+
+from sagellm.kv.blocks import Blocks
+
+REMEMBERED = 4
+"""So many pools' worth of blocks that left are remembered."""
+
+
+NOT_GONE = ("", 0.0, -1)
 
 
 @frozen
@@ -101,15 +110,15 @@ class PrefixIndex:
         self._identity = sha256(identity.encode()).digest()
         self._block: dict[bytes, int] = {}
         self.digest: list[bytes | None] = [None] * blocks
-        self.depth = np.zeros(blocks, np.int32)
-        self.last_use = np.zeros(blocks, np.int64)
+        self.blocks = Blocks(blocks, REMEMBERED * blocks)
         self._plain: dict[bytes, bytes] = {}
         """Of blocks under a salt: their digest -> the digest without it."""
         self._salted: dict[bytes, int] = {}
         """How many blocks under a salt have this digest without it."""
-        self._gone: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
-        """Why and when a block left; as many as there are blocks, four times."""
-        self._remembered = 4 * blocks
+        self._gone: dict[bytes, tuple[str, float, int]] = {}
+        """Of the blocks that left last: why, when, and the place of their record in `Blocks.gone`."""
+        self._gone_digests: list[bytes | None] = [None] * (REMEMBERED * blocks)
+        self._gone_next = 0
 
     def __len__(self) -> int:
         return len(self._block)
@@ -142,7 +151,7 @@ class PrefixIndex:
             return f"below one block: {len(tokens) - full * self.block_size} of {self.block_size} tokens"
         digest = chain.digests[found]
         if digest in self._gone:
-            why, when = self._gone[digest]
+            why, when, _ = self._gone[digest]
             return f"{why}, {time.monotonic() - when:.1f} s ago"
         plain = chain.plain(tokens, found, self.block_size)
         if plain in self._salted or (plain != digest and plain in self._block):
@@ -156,26 +165,33 @@ class PrefixIndex:
             return False
         self._block[digest] = block
         self.digest[block] = digest
-        self.depth[block] = at
-        self._gone.pop(digest, None)
+        parent = self._block.get(chain.digests[at - 1], -1) if at else -1
+        self.blocks.enter(block, parent, at, self._gone.pop(digest, NOT_GONE)[2])
         if chain.salted:
             plain = chain.plain(tokens, at, self.block_size)
             self._plain[digest] = plain
             self._salted[plain] = self._salted.get(plain, 0) + 1
         return True
 
-    def forget(self, blocks: np.ndarray, why: str) -> None:
-        now = time.monotonic()
-        for block in blocks.tolist():
-            digest = self.digest[block]
+    def forget(self, blocks: np.ndarray, why: Callable[[int], str]) -> np.ndarray:
+        """These are not found any more, for a reason each; returns the records of those forgotten for good."""
+        now, gone, size = time.monotonic(), self.blocks.gone, len(self.blocks.gone)
+        places = (self._gone_next + np.arange(len(blocks))) % size
+        lost = gone[places]
+        gone[places] = self.blocks.records[blocks]
+        self._gone_next = (self._gone_next + len(blocks)) % size
+        for block, place in zip(blocks.tolist(), places.tolist()):
+            digest, before = self.digest[block], self._gone_digests[place]
             assert digest is not None
+            if before is not None and self._gone.get(before, NOT_GONE)[2] == place:
+                del self._gone[before]
+            self._gone_digests[place] = digest
+            self._gone[digest] = (why(block), now, place)
             self.digest[block] = None
             del self._block[digest]
-            self._gone[digest] = (why, now)
             plain = self._plain.pop(digest, None)
             if plain is not None:
                 self._salted[plain] -= 1
                 if not self._salted[plain]:
                     del self._salted[plain]
-        while len(self._gone) > self._remembered:
-            self._gone.popitem(last=False)
+        return lost[lost["uses"] > 0]
