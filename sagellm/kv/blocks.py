@@ -18,13 +18,15 @@ RECORD = np.dtype(
         ("span", np.int32),
         ("priority", np.int32),
         ("mark", np.int32),
+        ("worth", np.float32),
         ("again", np.bool_),
     ]
 )
 """depth: its number in its sequence, from 0. parent: the block before it, -1 at the beginning. last_use, entered: on
 the clock. uses: sequences that ended with it. turn: how often the conversation of its last sequence had gone on; -1
 where that sequence shared a beginning and went another way. span: full blocks of that sequence. priority: of its
-request; lower is more urgent. mark: the policy's own. again: it came back after it had left."""
+request; lower is more urgent. mark: the policy's own. worth: when it was last ranked. again: it came back after it had
+left."""
 
 BRANCHED = -1
 
@@ -50,9 +52,10 @@ class Blocks:
             self.gone["uses"][gone] = 0
         else:
             self.records[block] = 0
+            self.records["last_use"][block] = self.clock
         record = self.records[block]
         record["depth"], record["parent"], record["again"] = depth, parent, gone >= 0
-        record["entered"] = record["last_use"] = self.clock
+        record["entered"] = self.clock
 
     def known(self, blocks: np.ndarray) -> int:
         """How many of a sequence's blocks, from its beginning, were used before."""
@@ -79,20 +82,19 @@ class Blocks:
         """`count` of the idle blocks, those of least worth first. A block stays while one behind it stays, as that one
         cannot be found without it: so its worth is at least theirs.
         """
-        depth, parent = self.records["depth"], self.records["parent"]
+        depth, parent = self.records["depth"], self.records["parent"][idle]
         value = np.full(len(self.records), np.inf)
         value[idle] = worth
-        children = idle
-        while len(children):
-            before = parent[children]
-            above = (before >= 0) & (depth[before] == depth[children] - 1)
-            before, at_least = before[above], value[children[above]]
-            raised = value[before] < at_least
-            before, at_least = before[raised], at_least[raised]
-            np.maximum.at(value, before, at_least)
-            children = np.unique(before)
+        behind = (parent >= 0) & (depth[parent] == depth[idle] - 1)
+        above = np.arange(len(value))
+        above[idle] = np.where(behind, parent, idle)
+        while (value[above[idle]] < value[idle]).any():  # 1, 2, 4, ... blocks up
+            np.maximum.at(value, above[idle], value[idle])
+            above[idle] = above[above[idle]]
         worth = value[idle]
         if count < len(idle):
             chosen = worth <= np.partition(worth, count - 1)[count - 1]
             idle, worth = idle[chosen], worth[chosen]
-        return idle[np.lexsort((-depth[idle], worth))][:count]
+        order = np.lexsort((-depth[idle], worth))[:count]
+        self.records["worth"][idle[order]] = worth[order]
+        return idle[order]

@@ -73,10 +73,8 @@ class Lifetime(Policy):
         self.used *= KEEP
         self.censored *= KEEP
 
-    def why(self, block: int) -> str:
-        age = self.blocks.clock - self.blocks["last_use"][block]
-        worth = self.table[self.blocks["mark"][block], ages(age)]
-        return f"{super().why(block)}; {worth * 1e3:.2g} uses expected for holding it 1000 blocks long"
+    def why(self, record: np.void, clock: int) -> str:
+        return f"{super().why(record, clock)}; {record['worth'] * 1e3:.2g} uses expected in 1000 blocks' time"
 
 
 def ages(ticks: np.ndarray) -> np.ndarray:

@@ -40,11 +40,10 @@ class Policy:
         """Any number for each of these idle blocks."""
         raise TypeError(f"policy {self.name} ranks nothing")
 
-    def why(self, block: int) -> str:
-        """Why this block leaves, as a user reads it."""
-        used = self.blocks["uses"][block]
-        times = {0: "never used again", 1: "used once"}.get(int(used), f"used {used} times")
-        return f"{times}, last {self.blocks.clock - self.blocks['last_use'][block]} blocks ago"
+    def why(self, record: np.void, clock: int) -> str:
+        """Why the block of this record left when the clock stood there, as a user reads it."""
+        used = {0: "not used again", 1: "used once"}.get(int(record["uses"]), f"used {record['uses']} times")
+        return f"{used}, last {clock - record['last_use']} blocks before"
 
 
 class LRU(Policy):

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import sha256
+from typing import NamedTuple
 
 import numpy as np
 from attrs import field, frozen
@@ -21,7 +22,19 @@ REMEMBERED = 4
 """So many pools' worth of blocks that left are remembered."""
 
 
-NOT_GONE = ("", 0.0, -1)
+Details = Callable[[np.void], str]
+
+
+class Gone(NamedTuple):
+    """A block that left: why and when, where `Blocks.gone` has its record, and what to say of that."""
+
+    why: str
+    when: float
+    place: int
+    details: Details | None
+
+
+NOT_GONE = Gone("", 0.0, -1, None)
 
 
 @frozen
@@ -115,8 +128,8 @@ class PrefixIndex:
         """Of blocks under a salt: their digest -> the digest without it."""
         self._salted: dict[bytes, int] = {}
         """How many blocks under a salt have this digest without it."""
-        self._gone: dict[bytes, tuple[str, float, int]] = {}
-        """Of the blocks that left last: why, when, and the place of their record in `Blocks.gone`."""
+        self._gone: dict[bytes, Gone] = {}
+        """The blocks that left last."""
         self._gone_digests: list[bytes | None] = [None] * (REMEMBERED * blocks)
         self._gone_next = 0
 
@@ -151,8 +164,9 @@ class PrefixIndex:
             return f"below one block: {len(tokens) - full * self.block_size} of {self.block_size} tokens"
         digest = chain.digests[found]
         if digest in self._gone:
-            why, when, _ = self._gone[digest]
-            return f"{why}, {time.monotonic() - when:.1f} s ago"
+            gone = self._gone[digest]
+            details = f" ({gone.details(self.blocks.gone[gone.place])})" if gone.details else ""
+            return f"{gone.why}{details}, {time.monotonic() - gone.when:.1f} s ago"
         plain = chain.plain(tokens, found, self.block_size)
         if plain in self._salted or (plain != digest and plain in self._block):
             return "salt differs"
@@ -166,15 +180,16 @@ class PrefixIndex:
         self._block[digest] = block
         self.digest[block] = digest
         parent = self._block.get(chain.digests[at - 1], -1) if at else -1
-        self.blocks.enter(block, parent, at, self._gone.pop(digest, NOT_GONE)[2])
+        self.blocks.enter(block, parent, at, self._gone.pop(digest, NOT_GONE).place)
         if chain.salted:
             plain = chain.plain(tokens, at, self.block_size)
             self._plain[digest] = plain
             self._salted[plain] = self._salted.get(plain, 0) + 1
         return True
 
-    def forget(self, blocks: np.ndarray, why: Callable[[int], str]) -> np.ndarray:
-        """These are not found any more, for a reason each; returns the records of those forgotten for good."""
+    def forget(self, blocks: np.ndarray, why: str, details: Details | None = None) -> np.ndarray:
+        """These are not found any more; returns the records of those forgotten for good. `details` gives a reason in
+        words from a block's record."""
         now, gone, size = time.monotonic(), self.blocks.gone, len(self.blocks.gone)
         places = (self._gone_next + np.arange(len(blocks))) % size
         lost = gone[places]
@@ -183,10 +198,10 @@ class PrefixIndex:
         for block, place in zip(blocks.tolist(), places.tolist()):
             digest, before = self.digest[block], self._gone_digests[place]
             assert digest is not None
-            if before is not None and self._gone.get(before, NOT_GONE)[2] == place:
+            if before is not None and self._gone.get(before, NOT_GONE).place == place:
                 del self._gone[before]
             self._gone_digests[place] = digest
-            self._gone[digest] = (why(block), now, place)
+            self._gone[digest] = Gone(why, now, place, details)
             self.digest[block] = None
             del self._block[digest]
             plain = self._plain.pop(digest, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 from attrs import define, field
@@ -16,11 +17,11 @@ from attrs import define, field
 from sagellm.batch import Batch, Columns, Moves
 from sagellm.errors import UserError
 from sagellm.kv.policies import Policy, policy
-from sagellm.kv.prefix import Chain, HostTier, Lookup, PrefixIndex
+from sagellm.kv.prefix import Chain, Details, HostTier, Lookup, PrefixIndex
 from sagellm.rows import aliased_blocks
 from sagellm.runtime.pool import NO_BLOCKS, BlockPool
 
-RANKED = 32
+RANKED = 16
 """One in so many blocks is ranked at once."""
 
 
@@ -198,7 +199,7 @@ class KVManager:
         self._note_use(row, blocks[self.pool.indexed[blocks]])
         idle = self.pool.release(blocks)
         if self.policy is None:
-            self._forget(idle, "not kept", lambda block: "not kept, as no sequence held it")
+            self._forget(idle, "not kept", "not kept, as no sequence held it")
         c.owned[row] = c.context[row] = 0
         c.blocks[row] = 0
         self._chains.pop(row, None)
@@ -262,7 +263,7 @@ class KVManager:
             pool.release(block)
             self.counts.copied += 1
         elif pool.indexed[block]:
-            self._unname(block, "rewritten", lambda block: "its holder wrote on")
+            self._unname(block, "rewritten", "its holder wrote on")
             pool.indexed[block] = False
         self._named[row] = min(self._named[row], at)
 
@@ -284,8 +285,8 @@ class KVManager:
         if offload and self.copies_pay:
             self.moves.offload += self._slots_for(blocks, wanted)
         self.policy.evicted(blocks)
-        why, head = self.policy.why, f"evicted by {self.policy.name} in step {self.clock}"
-        self._forget(blocks, self.policy.name, lambda block: f"{head} ({why(block)})")
+        details = partial(self.policy.why, clock=self.index.blocks.clock)
+        self._forget(blocks, self.policy.name, f"evicted by {self.policy.name} in step {self.clock}", details)
         self.moves.evict += blocks.tolist()
 
     def _slots_for(self, blocks: np.ndarray, wanted: Iterable[int]) -> list[tuple[int, int]]:
@@ -304,13 +305,13 @@ class KVManager:
         self.counts.offloaded += len(pairs)
         return pairs
 
-    def _forget(self, blocks: np.ndarray, reason: str, why: Callable[[int], str]) -> None:
+    def _forget(self, blocks: np.ndarray, reason: str, why: str, details: Details | None = None) -> None:
         """Idle blocks become free."""
-        self._unname(blocks, reason, why)
+        self._unname(blocks, reason, why, details)
         self.pool.drop(blocks)
 
-    def _unname(self, blocks: np.ndarray, reason: str, why: Callable[[int], str]) -> None:
-        lost = self.index.forget(blocks, why)
+    def _unname(self, blocks: np.ndarray, reason: str, why: str, details: Details | None = None) -> None:
+        lost = self.index.forget(blocks, why, details)
         self.counts.evicted[reason] += len(blocks)
         if self.policy is not None and len(lost):
             self.policy.lost(lost)
@@ -336,7 +337,7 @@ class KVManager:
     def reset(self) -> int:
         """Forget all idle blocks, as after a change of weights; returns how many there were."""
         idle = np.flatnonzero(self.pool.indexed & (self.pool.references == 0))
-        self._forget(idle, "reset", lambda block: "cache reset")
+        self._forget(idle, "reset", "cache reset")
         if self.host is not None:
             self.host = HostTier(self.host.slots)
         return len(idle)

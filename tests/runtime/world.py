@@ -223,15 +223,17 @@ class World:
         assert all(records["depth"][b] >= 0 for b in named)
         assert self.kv.policy is not None or not pool.idle, "kept without a pass that keeps"
         assert (records["last_use"] <= index.blocks.clock).all()
-        gone = [place for _, _, place in index._gone.values()]
+        gone = [left.place for left in index._gone.values()]
         assert len(set(gone)) == len(gone) and not set(named.values()) & set(index._gone)
-        assert all(index._gone_digests[place] == digest for digest, (_, _, place) in index._gone.items())
+        assert all(index._gone_digests[left.place] == digest for digest, left in index._gone.items())
         leaving = self.kv.first_to_leave(pool.idle)
         assert len(set(leaving.tolist())) == len(leaving) == pool.idle or self.kv.policy is None
         turn = np.full(len(records), -1)
         turn[leaving] = np.arange(len(leaving))
         parent = records["parent"][leaving]
-        after = (parent >= 0) & (records["depth"][parent] == records["depth"][leaving] - 1) & (turn[parent] >= 0)
+        after = (
+            (parent >= 0) & (records["depth"][parent] == records["depth"][leaving] - 1) & (turn[parent] >= 0)
+        )
         assert (turn[parent] > turn[leaving])[after].all(), "a block leaves before one that needs it"
         assert sorted([*self.scheduler._free, *rows.tolist()]) == list(range(c.capacity))
         assert sorted(self.scheduler.sequences) == sorted(rows.tolist())
