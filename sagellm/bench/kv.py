@@ -19,6 +19,7 @@ from sagellm.bench.workload import TraceRow
 from sagellm.errors import UserError
 from sagellm.kv.blocks import Blocks
 from sagellm.kv.policies import POLICIES, Policy
+from sagellm.kv.prefix import Fate
 from sagellm.passes.driver import StepView
 from sagellm.passes.kv_eviction_placement import KVEvictionPlacement
 from sagellm.runtime.kv import KVManager
@@ -34,8 +35,8 @@ class Served:
     found: int
     """Blocks from its beginning."""
     asked: int
-    miss: str
-    """Why the first block that was not found is not there."""
+    fates: list[Fate]
+    """Of each block, where that was asked for."""
 
 
 @frozen
@@ -77,13 +78,14 @@ class Belady(Policy):
 
 
 class Replay:
-    """A KV cache of so many blocks, under the pass with this policy."""
+    """A KV cache of so many blocks, under the pass with this policy; prompts are int32 arrays of tokens."""
 
-    def __init__(self, policy: str, blocks: int, prompts: Sequence[np.ndarray]):
+    def __init__(self, policy: str, blocks: int, prompts: Sequence[np.ndarray], block_size: int = 1):
         longest = max(map(len, prompts))
-        if blocks < longest:
-            raise UserError(f"{blocks} blocks; accepted: at least {longest}, those of the longest request")
-        self.columns = Columns(1, longest + 1, 1)
+        needed = -(-longest // block_size)
+        if blocks < needed:
+            raise UserError(f"{blocks} blocks; accepted: at least {needed}, those of the longest request")
+        self.columns = Columns(1, longest + 1, block_size)
         self.kv = KVManager(self.columns, blocks + 1)
         self.keeps = KVEvictionPlacement("lru" if policy == BELADY else policy)
         self.view = StepView(kv=self.kv)
@@ -92,15 +94,16 @@ class Replay:
             self.kv.policy = Belady(self.kv.index.blocks, prompts)
         self.policy, self.prompts, self.deciding = policy, prompts, 0.0
 
-    def serve(self) -> Iterable[Served]:
-        """One request after another, as the scheduler and a step would have it."""
+    def serve(self, *, explain: bool = False) -> Iterable[Served]:
+        """One request after another, as the scheduler and a step would have it; of each prompt, its full blocks."""
         c, kv, row = self.columns, self.kv, 0
         batch = Batch(c, np.zeros(0, np.int64), np.zeros(1, np.int64))
         c.fill(row, Request("trace", [0]))
         for number, ids in enumerate(self.prompts):
             chain, length = kv.chain(""), len(ids)
             c.tokens[row, :length], c.length[row] = ids, length
-            lookup = kv.lookup(chain, c.tokens[row, :length], length=length)
+            fates = kv.index.fates(chain, ids, None) if explain else []
+            lookup = kv.lookup(chain, ids, length=length)
             kv.attach(row, chain, lookup)
             c.new[row] = length - c.context[row]
             began = time.process_time()
@@ -112,7 +115,7 @@ class Replay:
             c.context[row] = length
             kv.publish(row)
             kv.release(row)
-            yield Served(number, len(lookup.blocks), length, lookup.miss)
+            yield Served(number, len(lookup.blocks), length // c.block_size, fates)
 
     def run(self) -> Replayed:
         hits = asked = 0

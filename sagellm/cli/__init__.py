@@ -19,6 +19,7 @@ from sagellm.errors import UserError, unknown
 COMMANDS = {
     "run": ("sagellm.cli.run:run", "Continue prompts with a model."),
     "compile": ("sagellm.cli.compile:compile_", "Show what a model compiles to: graphs, weights, code."),
+    "explain": ("sagellm.cli.explain:explain", "Tell what each prompt finds in the KV cache, and why."),
     "passes": ("sagellm.cli.passes:passes", "List the passes, when they decline, and their options."),
     "new-pass": ("sagellm.cli.new_pass:new_pass", "Write a package with a pass to begin from."),
     "devices": ("sagellm.cli.devices:devices", "Show the backends and what they can do on this machine."),

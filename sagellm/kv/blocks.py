@@ -31,6 +31,10 @@ left."""
 BRANCHED = -1
 
 
+def times(uses: int) -> str:
+    return {0: "not used", 1: "used once"}.get(uses, f"used {uses} times")
+
+
 class Blocks:
     """A record for each block of the pool, and for the blocks that left last."""
 

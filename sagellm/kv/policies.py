@@ -7,7 +7,7 @@ from importlib import import_module
 import numpy as np
 
 from sagellm.errors import unknown
-from sagellm.kv.blocks import Blocks
+from sagellm.kv.blocks import Blocks, times
 
 
 class Policy:
@@ -42,8 +42,7 @@ class Policy:
 
     def why(self, record: np.void, clock: int) -> str:
         """Why the block of this record left when the clock stood there, as a user reads it."""
-        used = {0: "not used again", 1: "used once"}.get(int(record["uses"]), f"used {record['uses']} times")
-        return f"{used}, last {clock - record['last_use']} blocks before"
+        return f"{times(int(record['uses']))}, last {clock - record['last_use']} blocks before"
 
 
 class LRU(Policy):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from attrs import field, frozen
 
-from sagellm.kv.blocks import Blocks
+from sagellm.kv.blocks import Blocks, times
 
 REMEMBERED = 4
 """So many pools' worth of blocks that left are remembered."""
@@ -49,6 +49,13 @@ class Lookup:
     """Tokens found, in whole blocks."""
     miss: str
     """Why the first block that was not found is not there."""
+
+
+class Fate(NamedTuple):
+    """Is a block of a prompt found, and why, or why not?"""
+
+    found: bool
+    why: str
 
 
 @frozen
@@ -162,15 +169,37 @@ class PrefixIndex:
     def _why(self, chain: Chain, tokens: np.ndarray, found: int, full: int) -> str:
         if found == full:
             return f"below one block: {len(tokens) - full * self.block_size} of {self.block_size} tokens"
-        digest = chain.digests[found]
+        return self._absent(chain, tokens, found)
+
+    def _absent(self, chain: Chain, tokens: np.ndarray, at: int) -> str:
+        digest = chain.digests[at]
         if digest in self._gone:
             gone = self._gone[digest]
             details = f" ({gone.details(self.blocks.gone[gone.place])})" if gone.details else ""
             return f"{gone.why}{details}, {time.monotonic() - gone.when:.1f} s ago"
-        plain = chain.plain(tokens, found, self.block_size)
+        plain = chain.plain(tokens, at, self.block_size)
         if plain in self._salted or (plain != digest and plain in self._block):
             return "salt differs"
         return "never seen"
+
+    def fates(self, chain: Chain, tokens: np.ndarray, host: HostTier | None) -> list[Fate]:
+        """What became of each full block of these tokens, also behind the first that is missing."""
+        full, fates = len(tokens) // self.block_size, []
+        chain.extend(tokens, full, self.block_size)
+        found = True
+        for at, digest in enumerate(chain.digests[:full]):
+            block = self._block.get(digest)
+            if block is not None:
+                record = self.blocks.records[block]
+                why = f"on the device, {times(int(record['uses']))} before"
+            elif host is not None and host.find(digest) is not None:
+                why = "in host memory"
+            else:
+                found, why = False, self._absent(chain, tokens, at)
+                fates.append(Fate(False, why))
+                continue
+            fates.append(Fate(found, why if found else f"{why}, but of no use behind a missing block"))
+        return fates
 
     def insert(self, block: int, chain: Chain, at: int, tokens: np.ndarray) -> bool:
         """Name what this block holds: the chain's block number `at`. False if another block holds that already."""
