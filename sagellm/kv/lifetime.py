@@ -36,6 +36,8 @@ class Lifetime(Policy):
 
     def __init__(self, blocks: Blocks):
         super().__init__(blocks)
+        for records in (blocks.records, blocks.gone):
+            records["mark"] = classes(records)
         self.used = np.zeros((CLASSES, BINS))
         self.censored = np.zeros((CLASSES, BINS))
         self.table = np.zeros((CLASSES, BINS))

@@ -75,15 +75,14 @@ class KVManager:
         """Blocks of a row that the index knows of."""
         self._began = np.zeros(columns.capacity, np.int64)
         """The blocks' clock when the row's sequence began or went on."""
-        self._queue = NO_BLOCKS
-        self._stamps = NO_BLOCKS, NO_BLOCKS
+        self._queue, self._stamps = NO_BLOCKS, (NO_BLOCKS, NO_BLOCKS)
 
     # what the pass decides by
 
     def retain(self, name: str, *, offload: bool) -> None:
         """Keep blocks that nobody holds until room is needed; this policy says which of them leave first."""
         self.policy, self.offload = policy(name)(self.index.blocks), offload
-        self._queue = NO_BLOCKS
+        self._queue, self._stamps = NO_BLOCKS, (NO_BLOCKS, NO_BLOCKS)
 
     def change_policy(self, name: str) -> None:
         """Another policy from now on; what is in the cache stays."""
