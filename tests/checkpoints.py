@@ -106,8 +106,13 @@ TEXTS = [
 ]
 
 
-def save_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> tokenizers.Tokenizer:
-    """A byte-level BPE, as GPT-2 and Qwen have it, trained on the spot; `<|end|>` ends a turn."""
+def save_tokenizer(
+    folder: Path, vocabulary: int = VOCABULARY, pieces: Sequence[str] = (), template: str = CHAT_TEMPLATE
+) -> tokenizers.Tokenizer:
+    """A byte-level BPE, as GPT-2 and Qwen have it, trained on the spot; `<|end|>` ends a turn.
+
+    `pieces` are tokens of their own.
+    """
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -119,8 +124,9 @@ def save_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> tokenizers.Tok
         show_progress=False,
     )
     backend.train_from_iterator(TEXTS * 4, trainer)
+    backend.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in pieces])
     backend.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "<|end|>", "chat_template": CHAT_TEMPLATE}
+    config = {"eos_token": "<|end|>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return backend
 
@@ -140,13 +146,15 @@ RECITED = "aé中文🙂 STOP.qdz!"
 
 @pytest.fixture(scope="session")
 def reciting_checkpoint(tmp_path_factory) -> Path:
-    """A model that continues `<|assistant|>` with RECITED and `<|end|>`: each token calls for the next one.
-
-    Its layer adds nothing. Embeddings are signs, nearly orthogonal; a row of lm_head is that of the token before.
-    """
+    """A model that continues `<|assistant|>` with RECITED and `<|end|>`: each token calls for the next one."""
     folder = tmp_path_factory.mktemp("reciting")
-    backend = save_tokenizer(folder)
-    chain = backend.encode(f"<|assistant|>{RECITED}<|end|>").ids
+    save_reciting(folder, RECITED, save_tokenizer(folder))
+    return folder
+
+
+def save_reciting(folder: Path, text: str, backend: tokenizers.Tokenizer) -> None:
+    """Its layer adds nothing. Embeddings are signs, nearly orthogonal; a row of lm_head is that of the token before."""
+    chain = backend.encode(f"<|assistant|>{text}<|end|>").ids
     assert len(set(chain)) == len(chain)
     config = transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 1, "eos_token_id": 0})
     model = transformers.LlamaForCausalLM(config)
@@ -160,7 +168,6 @@ def reciting_checkpoint(tmp_path_factory) -> Path:
     weights["lm_head.weight"][chain[1:]] = signs[chain[:-1]]
     model.load_state_dict(weights)
     model.save_pretrained(folder)
-    return folder
 
 
 def random_tokens(count: int, seed: int) -> list[int]:

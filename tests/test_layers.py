@@ -17,6 +17,7 @@ LAYERS = [
         "random",
         "schemas",
         "target",
+        "ports",
         "config",
         "kv",
         "__init__",
@@ -26,7 +27,7 @@ LAYERS = [
     {"backends"},
     {"compiler", "runtime", "meaning"},
     {"engine"},
-    {"bench"},
+    {"bench", "server"},
     {"cli", "testing", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -65,7 +65,7 @@ class Planner:
             self.columns,
             self._block_count(),
             identity=f"{config.model} {self.kv_schema}",
-            caching=config.prefix_caching,
+            caching=config.prefix_caching and "prefix-dedup" in (p.name for p in self.pipeline.passes),
             host_slots=int(config.host_kv_gib * 2**30 / self.kv_schema.bytes_per_block),
         )
         self.view = StepView(self.backend.costs, self.kv)

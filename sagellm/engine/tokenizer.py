@@ -10,7 +10,6 @@ import json
 import re
 import reprlib
 from collections.abc import Sequence
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,9 @@ from typing import Any
 import jinja2
 import tokenizers
 from attrs import frozen
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from sagellm.engine.chat_template import check_messages, compiled, one_line, render
 from sagellm.errors import UserError
-
-MAX_PROMPT_CHARACTERS = 4 * 2**20
-"""A chat template that writes more than this is cut off with an error."""
 
 _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
@@ -61,7 +56,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{file} is malformed: {_line(error)}; accepted: a tokenizers file") from error
+            raise UserError(f"{file} is malformed: {one_line(error)}; accepted: a tokenizers file") from error
         backend.no_truncation()
         backend.no_padding()
 
@@ -142,14 +137,19 @@ class Tokenizer:
         enable_thinking. Raises UserError where there is no template, where the messages have another shape, and
         with the template's own words where it refuses them.
         """
-        _check_messages(messages)
+        check_messages(messages)
         if tools is not None and not (
             isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
         ):
             raise UserError(f"tools is {reprlib.repr(tools)}; accepted: a list of objects")
         variables = {"documents": None} | self.named_tokens | extra
         variables |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        return _render(self._template(tools), variables)
+        return render(self._template(tools), variables)
+
+    @property
+    def chat_template(self) -> str:
+        """The source of all its templates; empty if there is none."""
+        return "\n".join(self._templates.values())
 
     def _template(self, tools: list | None) -> jinja2.Template:
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
@@ -159,11 +159,11 @@ class Tokenizer:
                 " folder, or chat_template in its tokenizer_config.json"
             )
         try:
-            return _compile(self._templates[name])
+            return compiled(self._templates[name])
         except Exception as error:  # Python, too, may refuse what the template compiles to
             raise UserError(
                 f"chat template {name!r} in {str(self._folder)!r} is malformed,"
-                f" line {getattr(error, 'lineno', '?')}: {_line(error)}; accepted: a jinja template"
+                f" line {getattr(error, 'lineno', '?')}: {one_line(error)}; accepted: a jinja template"
             ) from error
 
 
@@ -174,7 +174,7 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is malformed: {_line(error)}; accepted: UTF-8 text") from error
+        raise UserError(f"{file} is malformed: {one_line(error)}; accepted: UTF-8 text") from error
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(file))
     except json.JSONDecodeError as error:
-        raise UserError(f"{file} is malformed: {_line(error)}; accepted: a JSON object") from error
+        raise UserError(f"{file} is malformed: {one_line(error)}; accepted: a JSON object") from error
     if not isinstance(value, dict):
         raise UserError(f"{file} holds {reprlib.repr(value)}; accepted: a JSON object")
     return value
@@ -258,90 +258,3 @@ def _bytes_of_characters() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-# chat templates
-
-
-class _Refusal(jinja2.TemplateError):
-    """What a template says with raise_exception."""
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what an assistant writes, for training; here it is only a scope."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(
-            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-        )
-
-
-def _raise_exception(message: str) -> None:
-    raise _Refusal(message)
-
-
-def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Unlike jinja's own filter, without escapes for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-@cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment
-
-
-@cache
-def _compile(source: str) -> jinja2.Template:
-    return _environment().from_string(source)
-
-
-def _render(template: jinja2.Template, variables: dict[str, Any]) -> str:
-    pieces, size = [], 0
-    try:
-        for piece in template.generate(variables):
-            size += len(piece)
-            if size > MAX_PROMPT_CHARACTERS:
-                break
-            pieces.append(piece)
-    except _Refusal as error:
-        raise UserError(f"the chat template refuses the messages: {_line(error)}") from error
-    except Exception as error:  # a template may fail in any way that Python can
-        raise UserError(
-            f"the chat template fails on the messages: {type(error).__name__}: {_line(error)}"
-        ) from error
-    if size > MAX_PROMPT_CHARACTERS:
-        raise UserError(f"the prompt is over {MAX_PROMPT_CHARACTERS} characters; accepted: shorter messages")
-    return "".join(pieces)
-
-
-def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"messages is {reprlib.repr(messages)}; accepted: a list of one message or more")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(
-                f"messages[{i}] is {reprlib.repr(message)}; accepted: an object with a role, which is text"
-            )
-        content = message.get("content")
-        parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
-        absent = content is None and message["role"] == "assistant"
-        if not (isinstance(content, str) or parts or absent):
-            raise UserError(
-                f"messages[{i}].content is {reprlib.repr(content)}; accepted: text or a list of objects"
-                " (an assistant's may be absent)"
-            )
-
-
-def _line(error: Exception, limit: int = 500) -> str:
-    return " ".join(str(error).split())[:limit]

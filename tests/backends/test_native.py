@@ -105,6 +105,24 @@ def test_one_row_times_a_packed_matrix(dtype, shape, biased):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=st.integers(1, 250), n=st.integers(1, 70), k=st.integers(1, 70), biased=st.booleans())
+@some
+def test_a_product_with_a_matrix_in_panels(dtype, rows, n, k, biased):
+    w, x = random(1, dtype, n, k), random(2, dtype, rows, k)
+    bias = random(3, dtype, n) if biased else None
+    exact = torch.nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
+    packed = native.pack_panels(w)
+    roundings = DTYPES[dtype] * float((x.double().abs() @ w.double().abs().T).max())
+    for module in (native, kernels):
+        ours = module.linear_panels(x, packed, bias)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), exact, rtol=DTYPES[dtype], atol=roundings)
+    apart = random(4, dtype, rows, 2 * k)[:, k:]
+    again = native.linear_panels(apart, packed, bias)
+    assert torch.equal(again, native.linear_panels(apart.contiguous(), packed, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_slices_are_read_as_what_they_are(dtype):
     """A piece of a split product is not contiguous; an edited graph may hand it to any kernel."""
     wide, w = random(4, dtype, 3, 64), random(5, dtype, 16)

@@ -155,6 +155,13 @@ def test_the_same_prompt_twice_is_computed_once(folder):
     assert core.stats().reused == 511 + 512 + 96
 
 
+def test_without_the_pass_nothing_is_found_again(folder):
+    core = make_core(folder, max_length=1024, pipeline="cleanup,kernel-fusion")
+    for _ in range(2):
+        began, forwarded = last_began(core, random_tokens(100, 1))
+        assert (began.cached, began.miss, forwarded) == (0, "prefix caching is off", 100)
+
+
 def test_a_tenant_finds_nothing_of_another(folder):
     core = make_core(folder, max_length=1024)
     prompt = random_tokens(100, 1)

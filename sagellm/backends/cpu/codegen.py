@@ -33,8 +33,8 @@ def _module(op: Operation) -> str:
 
 def _linear(e: Emitter, op: Operation) -> str:
     x, weight, bias = e.name(op.operands[0]), e.weight(op), e.weight(op, "bias")
-    if e.value(op, "layout") == "onednn":
-        return f"{_module(op)}.linear_onednn({x}, {weight}, {bias})"
+    if layout := e.value(op, "layout"):
+        return f"{_module(op)}.linear_{layout}({x}, {weight}, {bias})"
     return f"F.linear({x}, {weight}{'' if bias == 'None' else ', ' + bias})"
 
 

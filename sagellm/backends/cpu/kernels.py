@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import linear, pad, scaled_dot_product_attention, silu
 
 from sagellm.backends.cpu.memory import bound_primitive_caches, huge_pages
 from sagellm.config import KVCacheSchema
@@ -123,7 +123,7 @@ def _window_mask(queries: int, length: int, window: int | None) -> Tensor:
 
 
 class Packed:
-    """A matrix [outputs, inputs] in oneDNN's blocked layout, and where its bytes are if others may read them."""
+    """A matrix [outputs, inputs] in a layout of oneDNN's or in panels; where its bytes are if others may read them."""
 
     __slots__ = ("address", "outputs", "tensor")
 
@@ -155,6 +155,23 @@ def pack_onednn(weight: Tensor) -> Packed:
 
 def linear_onednn(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight.tensor, bias, "none", [], "")
+
+
+PANEL = 16
+"""Outputs that stand side by side in a matrix in panels."""
+
+
+def pack_panels(weight: Tensor) -> Packed:
+    """[out, in] as [panels, in, 16], on huge pages; the last panel is filled up with zeros."""
+    outputs, inputs = weight.shape
+    whole = pad(weight, (0, 0, 0, -outputs % PANEL))
+    packed = whole.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+    huge_pages(packed.data_ptr(), packed.nbytes)
+    return Packed(packed, outputs)
+
+
+def linear_panels(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    return linear(x, weight.tensor.transpose(1, 2).flatten(0, 1)[: weight.outputs], bias)
 
 
 class CpuCache(list):

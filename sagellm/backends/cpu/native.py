@@ -1,4 +1,4 @@
-"""The fused kernels of native.c, compiled once for this machine and kept in the user's cache folder.
+"""The kernels of native.c and linear.c, compiled once for this machine and kept in the user's cache folder.
 
 Each function here has the meaning of its namesake in `kernels.py`, which serves where there is no C compiler and for
 types that native.c does not know. The code generator chooses, so the emitted text says which one runs.
@@ -21,7 +21,7 @@ from torch import Tensor
 from sagellm.backends.cpu import kernels
 from sagellm.backends.cpu.kernels import Packed
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "linear.c"))
 # -fopenmp finds the libgomp that torch has loaded, so both use one pool of threads.
 FLAGS = (
     "-O3",
@@ -43,6 +43,7 @@ SIGNATURES = {
     "rope": (P, L, P, P, L, L, L),
     "kv_write": (P, L, P, P, L, L),
     "gemv": (P, P, P, P, L, L),
+    "linear": (P, P, P, P, L, L, L),
 }
 
 
@@ -62,7 +63,14 @@ def library() -> ctypes.CDLL:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise Unavailable(f"no C compiler ({compiler}): {error}") from error
-    key = b"\0".join([SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode()])
+    key = b"\0".join(
+        [
+            *(source.read_bytes() for source in SOURCES),
+            version,
+            " ".join(FLAGS).encode(),
+            _processor().encode(),
+        ]
+    )
     path = cache_folder() / f"native-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not path.exists():
         _build(compiler, path)
@@ -90,7 +98,7 @@ def _build(compiler: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
             subprocess.run(command, capture_output=True, check=True, text=True)
             made.replace(path)
     except OSError as error:
@@ -199,4 +207,18 @@ def linear_onednn(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     y = torch.empty((1, weight.outputs), dtype=x.dtype)
     at = None if bias is None else bias.data_ptr()
     _function("gemv", x.dtype)(x.data_ptr(), weight.address, at, y.data_ptr(), weight.outputs, x.shape[1])
+    return y
+
+
+def pack_panels(weight: Tensor) -> Packed:
+    return kernels.pack_panels(weight)
+
+
+def linear_panels(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    """[T, in] times a matrix in panels."""
+    wide = x.float().contiguous()
+    y = torch.empty((x.shape[0], weight.outputs), dtype=x.dtype)
+    at = None if bias is None else bias.data_ptr()
+    f = _function("linear", x.dtype)
+    f(wide.data_ptr(), weight.tensor.data_ptr(), at, y.data_ptr(), *y.shape, x.shape[1])
     return y

@@ -1,0 +1,189 @@
+"""`/v1/chat/completions`: a conversation, and the next message of it."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from attrs import define, field
+from fastapi import Request
+
+from sagellm.engine.base import GenerateRequest, GenerateResult, Output, TokenEvent
+from sagellm.engine.tokenizer import Tokenizer
+from sagellm.errors import UserError
+from sagellm.server.errors import APIError
+from sagellm.server.logprobs import of_chat
+from sagellm.server.parsing import FORMS, THINK, Parser, Part, tool_call
+from sagellm.server.sampling import sampling_params
+from sagellm.server.state import ServerState
+from sagellm.server.streams import as_they_come, finish_reason, open_streams, to_the_end, usage_of
+from sagellm.server.types import ChatRequest, Message, ToolCall
+
+
+def template_message(message: Message) -> dict[str, Any]:
+    """As chat templates want it: text as one string, absent fields left out."""
+    content = message.content
+    if isinstance(content, list):
+        content = "".join(part.text for part in content)
+    fields: dict[str, Any] = {"role": message.role, "content": content}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if (value := getattr(message, name)) is not None:
+            fields[name] = value
+    if message.tool_calls:
+        fields["tool_calls"] = [_as_template_call(call) for call in message.tool_calls]
+    return fields
+
+
+def _as_template_call(call: ToolCall) -> dict[str, Any]:
+    """Templates write the arguments as JSON themselves, so they want the object."""
+    try:
+        arguments: Any = json.loads(call.function.arguments)
+    except (ValueError, RecursionError):
+        arguments = call.function.arguments
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.function.name, "arguments": arguments},
+    }
+
+
+@define
+class Chat:
+    """One request on its way."""
+
+    given: ChatRequest
+    model: str
+    tokenizer: Tokenizer
+    tool_form: str | None
+    """How the model marks its calls, see `parsing.FORMS`; None: it knows no tools."""
+    id: str = field(factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(factory=lambda: int(time.time()))
+    _thinking: bool = False
+    _parsers: dict[int, Parser] = field(factory=dict)
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """Those that the model is told of."""
+        if not self.given.tools or self.given.tool_choice == "none":
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.given.tools]
+
+    def _parser(self) -> Parser:
+        form = FORMS[self.tool_form] if self.tools is not None and self.tool_form else None
+        reasons = THINK in self.tokenizer.chat_template
+        return Parser(form, reasons, thinking=self._thinking)
+
+    def request(self, state: ServerState) -> GenerateRequest:
+        given = self.given
+        if self.tools is not None and self.tool_form is None:
+            raise APIError(
+                400, f"the chat template of {self.model!r} knows no tools; accepted: none", param="tools"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [template_message(m) for m in given.messages],
+                add_generation_prompt=given.add_generation_prompt,
+                tools=self.tools,
+                **(given.chat_template_kwargs or {}),
+            )
+        except UserError as error:
+            raise APIError(400, str(error), param="messages") from error
+        self._thinking = text.rstrip().endswith(THINK)
+        prompt = self.tokenizer.encode(text, add_special_tokens=False)
+        longest = state.ready().get_capability().max_sequence_length or len(prompt) + 1
+        asked = given.max_tokens if given.max_completion_tokens is None else given.max_completion_tokens
+        how = sampling_params(
+            given,
+            state.defaults,
+            max_tokens=max(1, longest - len(prompt)) if asked is None else asked,
+            logprobs=(given.top_logprobs or 0) if given.logprobs else None,
+        )
+        return GenerateRequest(
+            prompt=prompt, sampling=how, priority=given.priority, salt=given.cache_salt or ""
+        )
+
+    def whole(self, result: GenerateResult) -> dict[str, Any]:
+        choices = [self._choice(i, output) for i, output in enumerate(result.outputs)]
+        more = {} if result.prompt_logprobs is None else {"prompt_logprobs": result.prompt_logprobs}
+        return self._object("chat.completion", choices) | {"usage": usage_of([result])} | more
+
+    def _choice(self, index: int, output: Output) -> dict[str, Any]:
+        parser = self._parser()
+        parts = [*parser.push(output.text), *parser.finish()]
+        content = "".join(part.content for part in parts)
+        calls = [tool_call(part.call) for part in parts if part.call is not None]
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content.strip() or None, "tool_calls": calls}
+        if reasoning := "".join(part.reasoning for part in parts):
+            message["reasoning_content"] = reasoning
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(output.token_ids, zip(output.logprobs, output.top_logprobs)),
+            "finish_reason": self._reason(output.finish_reason, parser),
+            "stop_reason": output.stopped_by,
+        }
+
+    @staticmethod
+    def _reason(reason: str | None, parser: Parser) -> str | None:
+        return "tool_calls" if reason == "stop" and parser.calls else finish_reason(reason)
+
+    def _logprobs(self, tokens, pairs) -> dict[str, Any] | None:
+        if not self.given.logprobs:
+            return None
+        return of_chat(self.tokenizer, tokens, pairs, self.given.top_logprobs or 0)
+
+    def _object(self, kind: str, choices: list) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _chunk(self, index: int, delta: dict, reason: str | None = None, logprobs: Any = None) -> dict:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return self._object("chat.completion.chunk", [choice])
+
+    def heads(self) -> Iterable[dict[str, Any]]:
+        for index in range(self.given.n or 1):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+
+    def pieces(self, which: int, event: TokenEvent) -> Iterable[dict[str, Any]]:
+        parser = self._parsers.setdefault(event.sample, self._parser())
+        parts = list(parser.push(event.text))
+        if event.finish_reason:
+            parts += parser.finish()
+        deltas = [self._delta(parser, part) for part in parts]
+        logprobs = self._logprobs(event.ids, event.logprobs) if event.logprobs else None
+        if not deltas and (event.finish_reason or logprobs):
+            deltas = [{}]
+        for i, delta in enumerate(deltas):
+            reason = self._reason(event.finish_reason, parser) if i + 1 == len(deltas) else None
+            yield self._chunk(event.sample, delta, reason, logprobs if i == 0 else None)
+
+    @staticmethod
+    def _delta(parser: Parser, part: Part) -> dict[str, Any]:
+        if part.call is not None:
+            parser.told += 1
+            return {"tool_calls": [tool_call(part.call, parser.told - 1)]}
+        return {"reasoning_content": part.reasoning} if part.reasoning else {"content": part.content}
+
+    def tail(self, results: list[GenerateResult]) -> Iterable[dict[str, Any]]:
+        if self.given.stream_options is not None and self.given.stream_options.include_usage:
+            yield self._object("chat.completion.chunk", []) | {"usage": usage_of(results)}
+
+
+async def chat(request: Request, state: ServerState, given: ChatRequest):
+    engine = state.serving(given.model)
+    job = Chat(given, state.model_name, state.tokenizer(), state.tool_form)
+    streams = open_streams(engine, [job.request(state)])
+    if given.stream:
+        return await as_they_come(request, streams, job.pieces, first=job.heads(), last=job.tail)
+    (result,) = await to_the_end(request, streams)
+    return job.whole(result)

@@ -1,0 +1,149 @@
+"""`/v1/completions`: prompts, as text or token ids, and what follows them."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from attrs import define, field
+from fastapi import Request
+
+from sagellm.engine.base import GenerateRequest, GenerateResult, Output, TokenEvent
+from sagellm.engine.tokenizer import Tokenizer
+from sagellm.server.logprobs import of_completion
+from sagellm.server.sampling import sampling_params
+from sagellm.server.state import ServerState
+from sagellm.server.streams import as_they_come, finish_reason, open_streams, to_the_end, usage_of
+from sagellm.server.types import CompletionRequest
+
+Prompt = str | list[int]
+
+
+def prompts_of(given: CompletionRequest) -> list[Prompt]:
+    prompt: Any = given.prompt
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) or not prompt:
+        return [prompt]
+    return list(prompt)
+
+
+@define
+class Completion:
+    """One request on its way."""
+
+    given: CompletionRequest
+    model: str
+    tokenizer: Tokenizer | None
+    """Without one, choices have `token_ids` and no text."""
+    id: str = field(factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(factory=lambda: int(time.time()))
+    _shown: dict[int, int] = field(factory=dict)
+    """Characters sent so far, by choice."""
+
+    def requests(self, state: ServerState) -> list[GenerateRequest]:
+        """`max_tokens` 0 asks for the prompt alone: one token is made and not shown."""
+        given = self.given
+        echoed = given.logprobs if given.echo and given.logprobs is not None else given.prompt_logprobs
+        how = sampling_params(
+            given.model_copy(update={"prompt_logprobs": echoed}),
+            state.defaults,
+            max_tokens=max(1, 16 if given.max_tokens is None else given.max_tokens),
+            logprobs=given.logprobs,
+        )
+        return [
+            GenerateRequest(prompt=prompt, sampling=how, priority=given.priority, salt=given.cache_salt or "")
+            for prompt in prompts_of(given)
+        ]
+
+    def whole(self, results: list[GenerateResult], prompts: list[list[int]]) -> dict[str, Any]:
+        choices = []
+        for result, prompt in zip(results, prompts):
+            for output in result.outputs:
+                choices.append(self._choice(len(choices), result, output, prompt))
+        usage = usage_of(results)
+        if self.given.max_tokens == 0:
+            usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+        return self._object(choices) | {"usage": usage}
+
+    def _choice(
+        self, index: int, result: GenerateResult, output: Output, prompt: list[int]
+    ) -> dict[str, Any]:
+        given, nothing = self.given, self.given.max_tokens == 0
+        head = self._echoed(prompt) if given.echo else ""
+        tokens = [] if nothing else output.token_ids
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": head + ("" if nothing else output.text),
+            "logprobs": None,
+            "finish_reason": "length" if nothing else finish_reason(output.finish_reason),
+            "stop_reason": output.stopped_by,
+        }
+        if given.logprobs is not None and self.tokenizer is not None:
+            pairs: list = list(zip(output.logprobs, output.top_logprobs))[: len(tokens)]
+            offset = len(head)
+            if given.echo:
+                pairs, tokens, offset = [*(result.prompt_logprobs or []), *pairs], [*prompt, *tokens], 0
+            choice["logprobs"] = of_completion(self.tokenizer, tokens, pairs, given.logprobs, offset)
+        if self.tokenizer is None:
+            choice["token_ids"] = list(tokens)
+        if given.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = result.prompt_logprobs
+        return choice
+
+    def _echoed(self, prompt: list[int]) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.decode(prompt, skip_special_tokens=False)
+
+    def _object(self, choices: list) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def pieces(self, which: int, event: TokenEvent) -> Iterable[dict[str, Any]]:
+        given = self.given
+        if not (event.text or event.finish_reason or event.logprobs or self.tokenizer is None):
+            return
+        index = which * (given.n or 1) + event.sample
+        choice = {
+            "index": index,
+            "text": event.text,
+            "logprobs": None,
+            "finish_reason": finish_reason(event.finish_reason),
+        }
+        if self.tokenizer is None:
+            choice["token_ids"] = list(event.ids)
+        offset = self._shown.get(index, 0)
+        self._shown[index] = offset + len(event.text)
+        if given.logprobs is not None and self.tokenizer is not None:
+            choice["logprobs"] = of_completion(
+                self.tokenizer, event.ids, event.logprobs, given.logprobs, offset
+            )
+        yield self._object([choice])
+
+    def heads(self, prompts: list[list[int]]) -> Iterable[dict[str, Any]]:
+        """What an echo shows before the first token."""
+        n = self.given.n or 1
+        for which, prompt in enumerate(prompts if self.given.echo else []):
+            for index in range(which * n, (which + 1) * n):
+                text = self._echoed(prompt)
+                self._shown[index] = len(text)
+                yield self._object([{"index": index, "text": text, "logprobs": None, "finish_reason": None}])
+
+    def tail(self, results: list[GenerateResult]) -> Iterable[dict[str, Any]]:
+        if self.given.stream_options is not None and self.given.stream_options.include_usage:
+            yield self._object([]) | {"usage": usage_of(results)}
+
+
+async def complete(request: Request, state: ServerState, given: CompletionRequest):
+    engine = state.serving(given.model)
+    job = Completion(given, state.model_name, engine.tokenizer)
+    requests = job.requests(state)
+    prompts = [engine.encode(r.prompt) for r in requests]
+    streams = open_streams(engine, requests)
+    if given.stream:
+        return await as_they_come(request, streams, job.pieces, first=job.heads(prompts), last=job.tail)
+    return job.whole(await to_the_end(request, streams), prompts)

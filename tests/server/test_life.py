@@ -1,0 +1,79 @@
+"""A server's life: clients that go away, an end that waits for streams, and what cannot be served."""
+
+import signal
+import time
+
+import httpx
+import pytest
+from serving import server
+
+from sagellm.cli import capture
+
+pytest_plugins = ["checkpoints"]
+
+LONG = {"model": "toy", "prompt": [1, 2, 3], "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return str(checkpoint("LlamaForCausalLM"))
+
+
+def gauge(address, name):
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(f"sagellm_{name}{{")))
+
+
+def until(holds, seconds=20):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_client_that_goes_away_ends_its_request_and_the_end_waits_for_streams(model):
+    with server("-m", model, "--served-model-name", "toy", "--max-length", "256") as (process, address):
+        with httpx.stream("POST", f"{address}/v1/completions", json=LONG | {"stream": True}) as answer:
+            next(answer.iter_lines())
+        until(lambda: gauge(address, "running_sequences") == 0 and gauge(address, "kv_blocks_used") == 0)
+        assert gauge(address, "generated_tokens_total") < 200
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{address}/v1/completions", json=LONG | {"n": 20}, timeout=0.05)
+        until(lambda: gauge(address, "running_sequences") == 0 and gauge(address, "kv_blocks_used") == 0)
+        with httpx.stream(
+            "POST", f"{address}/v1/completions", json=LONG | {"stream": True}, timeout=60
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and sum('"finish_reason":"length"' in line for line in rest) == 1
+        assert process.wait(20) in (0, -signal.SIGTERM)
+
+
+def test_a_model_without_tokenizer_takes_tokens(model):
+    with server("-m", model, "--served-model-name", "toy", "--core", "inline") as (_, address):
+        made = httpx.post(f"{address}/v1/completions", json=LONG | {"max_tokens": 5}, timeout=60).json()
+        assert made["usage"]["completion_tokens"] == 5 and len(made["choices"][0]["token_ids"]) == 5
+        text = httpx.post(f"{address}/v1/completions", json=LONG | {"prompt": "text"})
+        assert text.status_code == 400 and "has no tokenizer.json; accepted: token ids" in text.text
+        chat = {"model": "toy", "messages": [{"role": "user", "content": "x"}]}
+        assert httpx.post(f"{address}/v1/chat/completions", json=chat).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/at/all"], "nowhere/at/all"),
+        (["builtin", "--model", "builtin"], "--model and MODEL are both given; accepted: one of them"),
+        (["--port", "70000"], "port is 70000; accepted: a port from 0 to 65535"),
+        (["--api-key-file", "nowhere"], "cannot read keys from 'nowhere'"),
+        (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1"),
+        (["--drain-seconds", "-1"], "drain_seconds is -1.0; accepted: a number at least 0"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    port = [] if "--port" in arguments else ["--port", "0"]
+    code, _, err = capture(["serve", *arguments, *port])
+    assert code == 2 and message in err.splitlines()[-1]
