@@ -439,9 +439,9 @@ def test_the_policy_of_the_kv_cache_can_be_changed_while_running(engine):
 
 
 def test_without_the_pass_there_is_no_policy_to_change(text_checkpoint):
-    with SageLLMEngine(str(text_checkpoint), max_sequences=4, pipeline="cleanup") as plain:
-        with pytest.raises(UserError, match="accepted: a pipeline with kv-eviction-placement"):
-            plain.set_kv_policy("lru")
+    plain = SageLLMEngine(str(text_checkpoint), max_sequences=4, pipeline="cleanup")
+    with plain, pytest.raises(UserError, match="accepted: a pipeline with kv-eviction-placement"):
+        plain.set_kv_policy("lru")
 
 
 @pytest.fixture(scope="module")
