@@ -214,6 +214,7 @@ class Columns:
         self.sample = np.zeros(capacity, np.int64)
         """Which of a request's `n` samples this is."""
         self.tenant = np.zeros(capacity, np.int64)
+        self.priority = np.zeros(capacity, np.int32)
         """A number of the request's salt: sequences of different ones share nothing."""
         self.prompt = np.zeros(capacity, np.int32)
         self.length = np.zeros(capacity, np.int32)
@@ -274,6 +275,7 @@ class Columns:
         known = request.prompt + (request.output[sample] if sample < len(request.output) else [])
         self.tokens[row, : len(known)] = known
         self.number[row], self.sample[row], self.seed[row] = number, sample, seed
+        self.priority[row] = request.priority
         self.tenant[row] = int.from_bytes(sha256(request.salt.encode()).digest()[:8], "big", signed=True)
         self.prompt[row], self.length[row] = len(request.prompt), len(known)
         self.limit[row] = min(len(request.prompt) + how.max_tokens, self.max_length)
@@ -308,14 +310,20 @@ def _put(column: np.ndarray, row: int, values, rest: float) -> np.ndarray:
     return column
 
 
+AHEAD = "ahead"
+"""When blocks go to host memory that stay on the device through the step: at any time in it."""
+
+
 @define
 class Moves:
-    """Blocks that change their place before a step computes, in this order; empty again once a step did it."""
+    """Blocks that change their place in a step, in this order; empty again once a step did it."""
 
     evict: list[int] = field(factory=list)
     """Blocks that leave the device's prefix index."""
     offload: list[tuple[int, int]] = field(factory=list)
     """(block, slot in host memory)."""
+    ahead: list[tuple[int, int]] = field(factory=list)
+    """(block, slot in host memory), of blocks that stay through this step."""
     fetch: list[tuple[int, int]] = field(factory=list)
     """(slot in host memory, block)."""
     copy: list[tuple[int, int]] = field(factory=list)
@@ -329,7 +337,9 @@ class Batch:
     what they could have done and did not in `declines`.
     """
 
-    __slots__ = ("columns", "declines", "decode", "facts", "moves", "notes", "prefill", "spare")
+    __slots__ = (
+        "ahead", "columns", "declines", "decode", "facts", "leaving", "moves", "notes", "offload", "prefill", "spare",
+    )  # fmt: skip
 
     def __init__(self, columns: Columns, decode: np.ndarray, prefill: np.ndarray):
         self.columns, self.decode, self.prefill = columns, decode, prefill
@@ -339,6 +349,10 @@ class Batch:
         self.moves = Moves()
         self.spare = (0, 0)
         """Tokens and KV blocks that guesses may take beside what the rows need."""
+        self.leaving = self.ahead = np.zeros(0, np.int64)
+        """Idle blocks that make room for this step, and those that may make room for the next, in their order."""
+        self.offload = False
+        """Do blocks that leave go to host memory?"""
 
     def rows(self, phase: Phase) -> np.ndarray:
         return self.decode if phase is Phase.DECODE else self.prefill

@@ -22,6 +22,7 @@ LAYERS = [
         "topology",
         "ports",
         "config",
+        "kv",
         "__init__",
     },
     {"ir"},

@@ -20,6 +20,7 @@ COMMANDS = {
     "run": ("sagellm.cli.run:run", "Continue prompts with a model."),
     "serve": ("sagellm.cli.serve:serve", "Serve a model over HTTP, as OpenAI's API."),
     "compile": ("sagellm.cli.compile:compile_", "Show what a model compiles to: graphs, weights, code."),
+    "explain": ("sagellm.cli.explain:explain", "Tell what each prompt finds in the KV cache, and why."),
     "passes": ("sagellm.cli.passes:passes", "List the passes, when they decline, and their options."),
     "new-pass": ("sagellm.cli.new_pass:new_pass", "Write a package with a pass to begin from."),
     "devices": ("sagellm.cli.devices:devices", "Show the backends and what they can do on this machine."),

@@ -355,6 +355,14 @@ class SageLLMEngine(BaseInferenceEngine):
         """Forget what no request holds, as after new weights; returns how many blocks that were."""
         return self._call("reset_cache")
 
+    def set_kv_policy(self, name: str) -> None:
+        """From now on KV blocks leave by this policy (`lru`, `lifetime`, ...); what is in the cache stays there.
+
+        UserError where the name is none, and where the pipeline has no kv-eviction-placement. A core that is started
+        again after a crash has the pipeline's policy.
+        """
+        self._call("set_kv_policy", name)
+
     def __enter__(self) -> SageLLMEngine:
         return self
 

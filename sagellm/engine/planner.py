@@ -78,12 +78,6 @@ class Planner:
         self.columns = Columns(config.max_sequences, self._max_length(), self.kv_schema.block_size)
         if self.model.rope.kind == "dynamic":
             self.columns.alike_up_to = self.model.rope.original_max_positions
-        self.view = StepView(
-            self.backend.costs,
-            self._attention(),
-            StepCost.of(self.backend.costs, self.parameters, self.model.num_layers, self.dtype),
-            Drafts(self.columns),
-        )
         self.kv = KVManager(
             self.columns,
             self._block_count() if blocks is None else blocks,
@@ -91,6 +85,14 @@ class Planner:
             caching=config.prefix_caching and "prefix-dedup" in (p.name for p in self.pipeline.passes),
             host_slots=int(config.host_kv_gib * 2**30 / self.kv_schema.bytes_per_block),
         )
+        self.view = StepView(
+            costs=self.backend.costs,
+            attention=self._attention(),
+            step=StepCost.of(self.backend.costs, self.parameters, self.model.num_layers, self.dtype),
+            drafts=Drafts(self.columns),
+            kv=self.kv,
+        )
+        self.pipeline.prepare(self.view)
         self.scheduler = Scheduler(
             self.columns,
             self.kv,

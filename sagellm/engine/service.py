@@ -79,6 +79,9 @@ class CoreService:
     def call_reset_cache(self) -> int:
         return self.core.kv.reset()
 
+    def call_set_kv_policy(self, name: str) -> None:
+        self.core.kv.change_policy(name)
+
     def call_export(self, tokens: list[int], salt: str) -> tuple[int, bytes]:
         """(blocks, bytes) of the full blocks at the beginning of these tokens that are in the cache."""
         kv = self.core.kv

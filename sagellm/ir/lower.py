@@ -9,7 +9,7 @@ import numpy as np
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Block, Region
 
-from sagellm.batch import Batch, Phase, Stage
+from sagellm.batch import AHEAD, Batch, Phase, Stage
 from sagellm.ir.attrs import (
     BLOCKS,
     Table,
@@ -48,9 +48,9 @@ def lower(batch: Batch, vocab_size: int) -> Block:
         groups.append(_group(block, batch, Phase.DECODE, len(batch.decode)))
     if len(batch.prefill):
         groups.append(_group(block, batch, Phase.PREFILL, int(batch.columns.new[batch.prefill].sum())))
-    for kind, columns in _moves(batch):
+    for kind, columns, properties in _moves(batch):
         rows = len(next(iter(columns.values())))
-        block.add_op(kind.create(properties={"table": TableAttr(Table(rows, columns))}))
+        block.add_op(kind.create(properties={"table": TableAttr(Table(rows, columns)), **properties}))
     room = _add(block, kv.Allocate, groups, BLOCKS)
     phases = tuple(group.type.data[0] for group in groups)
     rows = _add(block, b.Rows, [*groups, room], rows_type(*phases))
@@ -63,17 +63,18 @@ def lower(batch: Batch, vocab_size: int) -> Block:
     return block
 
 
-def _moves(batch: Batch) -> Iterator[tuple[type, dict[str, np.ndarray]]]:
+def _moves(batch: Batch) -> Iterator[tuple[type, dict[str, np.ndarray], dict]]:
     moves = batch.moves
     if moves.evict:
-        yield kv.Evict, {"block": np.array(moves.evict)}
-    for kind, names, pairs in (
-        (kv.Offload, ("block", "slot"), moves.offload),
-        (kv.Fetch, ("slot", "block"), moves.fetch),
-        (kv.Copy, ("block", "copy"), moves.copy),
+        yield kv.Evict, {"block": np.array(moves.evict)}, {}
+    for kind, names, pairs, properties in (
+        (kv.Offload, ("block", "slot"), moves.offload, {}),
+        (kv.Fetch, ("slot", "block"), moves.fetch, {}),
+        (kv.Copy, ("block", "copy"), moves.copy, {}),
+        (kv.Offload, ("block", "slot"), moves.ahead, {"when": word(AHEAD)}),
     ):
         if pairs:
-            yield kind, dict(zip(names, np.array(pairs).T))
+            yield kind, dict(zip(names, np.array(pairs).T)), properties
 
 
 def _group(block: Block, batch: Batch, phase: Phase, tokens: int):

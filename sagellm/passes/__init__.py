@@ -16,6 +16,7 @@ ENTRY_POINTS = "sagellm.passes"
 PASSES = {
     "prefix-dedup": "sagellm.passes.prefix_dedup:PrefixDedup",
     "speculative-branching": "sagellm.passes.speculative_branching:SpeculativeBranching",
+    "kv-eviction-placement": "sagellm.passes.kv_eviction_placement:KVEvictionPlacement",
     "shard": "sagellm.passes.shard:Shard",
     "kernel-fusion": "sagellm.passes.kernel_fusion:KernelFusion",
     "pack-weights": "sagellm.passes.pack_weights:PackWeights",
@@ -23,7 +24,7 @@ PASSES = {
     "cleanup": "sagellm.passes.cleanup:Cleanup",
 }
 
-DEFAULT = "prefix-dedup,speculative-branching,cleanup,kernel-fusion,pack-weights"
+DEFAULT = "prefix-dedup,speculative-branching,kv-eviction-placement,cleanup,kernel-fusion,pack-weights"
 PARALLEL = f"shard,{DEFAULT},comm-compute-overlap"
 """The default where a model is divided among several ranks."""
 

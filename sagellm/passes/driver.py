@@ -24,6 +24,7 @@ from sagellm.ir.attrs import TableAttr
 from sagellm.ir.check import describe
 from sagellm.ir.edit import only_block, operations
 from sagellm.ir.graph import IRGraph
+from sagellm.kv.view import KVView
 from sagellm.target import AttentionShape, CapabilityDescriptor, CostModel, StepCost
 from sagellm.topology import TOPOLOGIES, Topology
 
@@ -70,6 +71,8 @@ class StepView:
     """What a step takes, by its tokens; None where there is no model."""
     drafts: Drafts | None = None
     """What may come next; None where nobody keeps it."""
+    kv: KVView | None = None
+    """The engine's KV cache; None where a batch is looked at outside one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,9 @@ class Pass:
                 for pattern in patterns.get(type(op), ()):
                     if op.parent is not None:
                         pattern(self, op, graph, context)
+
+    def prepare(self, view: StepView) -> None:
+        """Batch passes: settle what holds for all steps, before the first one."""
 
     def decide(self, batch: Batch, view: StepView) -> None:
         """Batch passes: write decisions about this step into the batch's columns and facts."""
@@ -150,6 +156,11 @@ class Pipeline:
 
     def __str__(self) -> str:
         return ",".join(map(str, self.passes))
+
+    def prepare(self, view: StepView) -> None:
+        """Every batch pass settles what holds for all steps of an engine."""
+        for p in self.passes:
+            p.prepare(view)
 
     def decide(self, batch: Batch, view: StepView) -> None:
         """Every batch pass decides about this step, anew."""

@@ -18,7 +18,7 @@ from attrs import define, evolve, field, frozen
 from sagellm import random
 from sagellm.backends.base import Backend, KVCache
 from sagellm.backends.plan import ExecutionPlan
-from sagellm.batch import Batch, Columns, Phase, Stage
+from sagellm.batch import AHEAD, Batch, Columns, Phase, Stage
 from sagellm.errors import UserError
 from sagellm.rows import Rows, build_rows
 from sagellm.runtime.kv import KVManager
@@ -114,6 +114,8 @@ class Executor:
         for name in ("evict", "offload", "fetch", "copy"):
             if getattr(self.kv.moves, name):
                 HOST[f"kv.{name}"](self)
+        if self.kv.moves.ahead:
+            self.offload(when=AHEAD)
 
     @property
     def forwarded(self) -> int:
@@ -151,9 +153,9 @@ class Executor:
     def evict(self) -> None:
         self.kv.moves.evict.clear()
 
-    def offload(self) -> None:
+    def offload(self, when: str = "") -> None:
         began = time.perf_counter()
-        blocks, slots = _taken(self.kv.moves.offload)
+        blocks, slots = _taken(self.kv.moves.ahead if when == AHEAD else self.kv.moves.offload)
         values = self.cache.read(blocks)
         if self._host is None:
             self._host = values.new_empty((self.kv.host.slots, *values.shape[1:]))

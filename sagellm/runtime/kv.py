@@ -1,23 +1,28 @@
 """The KV cache's bookkeeping: who gets which blocks, what is found again, what leaves and where it goes.
 
-Decisions are made when a step is planned, and noted in `Moves`; the step's plan carries them out before it computes.
+Which blocks are kept for later, and which of these leave first, is decided by the pass `kv-eviction-placement`, which
+sees this as a `KVView`: without it a block is free as soon as nobody holds it. What is to move is noted in `Moves`
+when a step is planned; the step's plan carries it out.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 from attrs import define, field
 
 from sagellm.batch import Batch, Columns, Moves
+from sagellm.errors import UserError
+from sagellm.kv.policies import Policy, policy
+from sagellm.kv.prefix import Chain, Details, HostTier, Lookup, PrefixIndex
 from sagellm.rows import aliased_blocks
-from sagellm.runtime.pool import BlockPool
-from sagellm.runtime.prefix import Chain, HostTier, Lookup, PrefixIndex
+from sagellm.runtime.pool import NO_BLOCKS, BlockPool
 
-QUEUE = 512
-"""Blocks whose turn to leave is worked out at once."""
+RANKED = 16
+"""One in so many blocks is ranked at once."""
 
 
 @define
@@ -59,12 +64,62 @@ class KVManager:
         self.counts = KVCounts()
         self.clock = 0
         """Steps planned: what eviction goes by."""
+        self.policy: Policy | None = None
+        """Which of the blocks that nobody holds leave first; None keeps none."""
+        self.offload = False
+        """Do blocks that leave go to host memory?"""
         self.keep_on_host = True
         """Whether a copy costs less than computing a block again; the core measures it."""
         self._chains: dict[int, Chain] = {}
         self._named = np.zeros(columns.capacity, np.int64)
         """Blocks of a row that the index knows of."""
-        self._leaving: deque[tuple[int, int]] = deque()
+        self._began = np.zeros(columns.capacity, np.int64)
+        """The blocks' clock when the row's sequence began or went on."""
+        self._queue, self._stamps = NO_BLOCKS, (NO_BLOCKS, NO_BLOCKS)
+
+    # what the pass decides by
+
+    def retain(self, name: str, *, offload: bool) -> None:
+        """Keep blocks that nobody holds until room is needed; this policy says which of them leave first."""
+        self.policy, self.offload = policy(name)(self.index.blocks), offload
+        self._queue, self._stamps = NO_BLOCKS, (NO_BLOCKS, NO_BLOCKS)
+
+    def change_policy(self, name: str) -> None:
+        """Another policy from now on; what is in the cache stays."""
+        if self.policy is None:
+            raise UserError("no pass keeps KV blocks; accepted: a pipeline with kv-eviction-placement")
+        self.retain(name, offload=self.offload)
+
+    @property
+    def copies_pay(self) -> bool:
+        """Is there host memory, and does a copy cost less than computing a block again?"""
+        return self.host is not None and self.keep_on_host
+
+    def shortage(self, batch: Batch) -> int:
+        """Blocks that must leave for this step."""
+        c = self.columns
+        bound = 2 * len(batch.decode) + int(c.new[batch.prefill].sum() + c.drafted[batch.decode].sum())
+        return 0 if bound <= self.pool.free else max(0, self.growth(batch) - self.pool.free)
+
+    def first_to_leave(self, count: int) -> np.ndarray:
+        """At most `count` idle blocks, in the order in which they leave."""
+        if self.policy is None or count <= 0:
+            return NO_BLOCKS
+        blocks, records = self._queue, self.index.blocks
+        entered, uses = self._stamps
+        still = (
+            self._idle(blocks) & (records["entered"][blocks] == entered) & (records["uses"][blocks] == uses)
+        )
+        blocks = blocks[still]
+        if len(blocks) < count or self.policy.exact:
+            idle = np.flatnonzero(self.pool.indexed & (self.pool.references == 0))
+            ranked = max(count, 16, self.pool.total // RANKED)
+            blocks = records.first_to_leave(idle, self.policy.worth(idle), ranked)
+        self._queue, self._stamps = blocks, (records["entered"][blocks], records["uses"][blocks])
+        return blocks[:count]
+
+    def _idle(self, blocks: np.ndarray) -> np.ndarray:
+        return self.pool.indexed[blocks] & (self.pool.references[blocks] == 0)
 
     # a sequence begins, goes on, ends
 
@@ -102,6 +157,7 @@ class KVManager:
         c.owned[row] = count
         c.context[row] = min(count * c.block_size, known - 1)
         self._chains[row], self._named[row] = chain, count
+        self._began[row] = self.index.blocks.clock
         self.counts.queried += known
         self.counts.hit += min((count - missing) * c.block_size, int(c.context[row]))
         self.counts.fetched += missing * c.block_size
@@ -115,6 +171,7 @@ class KVManager:
         c.owned[row] = count
         c.context[row] = c.prompt[row] - 1
         self._chains[row], self._named[row] = chain, int(c.prompt[row]) // c.block_size
+        self._began[row] = self.index.blocks.clock
         self.counts.queried += int(c.length[row])
         self.counts.hit += int(c.context[row])
 
@@ -135,15 +192,28 @@ class KVManager:
             self.pool.indexed[block] = True
 
     def release(self, row: int) -> None:
-        """The row gives its blocks back; what is full stays to be found until room is needed."""
+        """The row gives its blocks back; what is full stays to be found until room is needed, if blocks are kept."""
         self.publish(row)
         c = self.columns
-        idle = self.pool.release(c.blocks[row, : c.owned[row]])
-        self.index.last_use[idle] = self.clock
+        blocks = c.blocks[row, : c.owned[row]]
+        self._note_use(row, blocks[self.pool.indexed[blocks]])
+        idle = self.pool.release(blocks)
+        if self.policy is None:
+            self._forget(idle, "not kept", "not kept, as no sequence held it")
         c.owned[row] = c.context[row] = 0
         c.blocks[row] = 0
         self._chains.pop(row, None)
         self._named[row] = 0
+
+    def _note_use(self, row: int, blocks: np.ndarray) -> None:
+        """The policy learns from a sequence's end."""
+        if self.policy is None or not len(blocks):
+            return
+        records = self.index.blocks
+        known = blocks[records["uses"][blocks] > 0]
+        self.policy.before_use(known, np.maximum(self._began[row] - records["last_use"][known], 0))
+        records.use(blocks, int(self.columns.priority[row]))
+        self.policy.after_use(blocks)
 
     # a step
 
@@ -167,9 +237,14 @@ class KVManager:
         return np.where(context % c.block_size > 0, block, 0)
 
     def place(self, batch: Batch) -> None:
-        """Make the room that the step needs, and copies of blocks that it writes into while others hold them."""
+        """Let the blocks leave that the passes chose; copy those that the step writes into while others hold them."""
         self.clock += 1
+        moves = self.moves
+        moves.offload += moves.ahead  # of a step that failed: its blocks may be overwritten now
+        moves.ahead.clear()
+        self._leave(batch.leaving, offload=batch.offload)
         self._make_room(self.growth(batch))
+        moves.ahead += self._slots_for(batch.ahead, ())
         c, pool = self.columns, self.pool
         for rows in (batch.decode, batch.prefill):
             blocks = self._written(rows)
@@ -185,53 +260,61 @@ class KVManager:
             own = pool.take(1)
             self.moves.copy.append((int(block[0]), int(own[0])))
             c.blocks[row, at] = own[0]
-            self.index.last_use[pool.release(block)] = self.clock
+            pool.release(block)
             self.counts.copied += 1
         elif pool.indexed[block]:
-            self.index.forget(block, "its holder wrote on")
-            self.counts.evicted["rewritten"] += 1
+            self._unname(block, "rewritten", "its holder wrote on")
             pool.indexed[block] = False
         self._named[row] = min(self._named[row], at)
 
     def _make_room(self, count: int, wanted: Iterable[int] = ()) -> None:
-        """Drop idle blocks until this many are free; the host slots `wanted` keep what they hold."""
-        count -= self.pool.free
-        if count <= 0:
+        """Let blocks leave until this many are free; the host slots `wanted` keep what they hold."""
+        short = count - self.pool.free
+        if short <= 0:
             return
-        victims = self._victims(count)
-        if self.host is not None and self.keep_on_host:
-            moves = self.moves
-            pinned = {*wanted, *(slot for slot, _ in moves.fetch), *(slot for _, slot in moves.offload)}
-            for block in victims.tolist():
-                digest = self.index.digest[block]
-                assert digest is not None
-                slot = None if self.host.find(digest) is not None else self.host.put(digest, pinned)
-                if slot is not None:
-                    self.moves.offload.append((block, slot))
-                    self.counts.offloaded += 1
-        self.index.forget(victims, f"evicted by lru in step {self.clock}")
-        self.pool.drop(victims)
-        self.moves.evict += victims.tolist()
-        self.counts.evicted["lru"] += len(victims)
+        blocks = self.first_to_leave(short)
+        if len(blocks) < short:
+            raise MemoryError(f"{short} idle KV blocks wanted, {len(blocks)} are there")
+        self._leave(blocks, offload=self.offload, wanted=wanted)
 
-    def _victims(self, count: int) -> np.ndarray:
-        """Idle blocks, least recently used first and children before their parents."""
-        victims: list[int] = []
-        pool, last_use = self.pool, self.index.last_use
-        while len(victims) < count:
-            if not self._leaving:
-                idle = pool.indexed & (pool.references == 0)
-                idle[victims] = False
-                blocks = np.flatnonzero(idle)
-                order = blocks[np.lexsort((-self.index.depth[blocks], last_use[blocks]))]
-                chosen = order[: max(QUEUE, count - len(victims))]
-                if not len(chosen):
-                    raise MemoryError(f"{count} idle KV blocks wanted, {len(victims)} are there")
-                self._leaving.extend(zip(chosen.tolist(), last_use[chosen].tolist()))
-            block, used = self._leaving.popleft()
-            if pool.indexed[block] and pool.references[block] == 0 and last_use[block] == used:
-                victims.append(block)
-        return np.array(victims, np.int32)
+    def _leave(self, blocks: np.ndarray, *, offload: bool, wanted: Iterable[int] = ()) -> None:
+        """Idle blocks become free, with a copy in host memory where that pays."""
+        if not len(blocks):
+            return
+        assert self.policy is not None
+        if offload and self.copies_pay:
+            self.moves.offload += self._slots_for(blocks, wanted)
+        self.policy.evicted(blocks)
+        details = partial(self.policy.why, clock=self.index.blocks.clock)
+        self._forget(blocks, self.policy.name, f"evicted by {self.policy.name} in step {self.clock}", details)
+        self.moves.evict += blocks.tolist()
+
+    def _slots_for(self, blocks: np.ndarray, wanted: Iterable[int]) -> list[tuple[int, int]]:
+        """(block, slot) for those of these blocks that get a place in host memory and have none."""
+        if not len(blocks) or self.host is None:
+            return []
+        moves, pairs = self.moves, []
+        pinned = {*wanted, *(slot for slot, _ in moves.fetch), *(slot for _, slot in moves.offload)}
+        for block in blocks.tolist():
+            digest = self.index.digest[block]
+            assert digest is not None
+            slot = None if self.host.find(digest) is not None else self.host.put(digest, pinned)
+            if slot is not None:
+                pairs.append((block, slot))
+                pinned.add(slot)
+        self.counts.offloaded += len(pairs)
+        return pairs
+
+    def _forget(self, blocks: np.ndarray, reason: str, why: str, details: Details | None = None) -> None:
+        """Idle blocks become free."""
+        self._unname(blocks, reason, why, details)
+        self.pool.drop(blocks)
+
+    def _unname(self, blocks: np.ndarray, reason: str, why: str, details: Details | None = None) -> None:
+        lost = self.index.forget(blocks, why, details)
+        self.counts.evicted[reason] += len(blocks)
+        if self.policy is not None and len(lost):
+            self.policy.lost(lost)
 
     def adopt(self, tokens: np.ndarray, salt: str, fill: Callable[[np.ndarray, np.ndarray], None]) -> int:
         """Keep blocks that were computed elsewhere, as many as there is room for; returns how many are new.
@@ -241,22 +324,20 @@ class KVManager:
         chain = self.chain(salt)
         found = len(self.lookup(chain, tokens, length=len(tokens)).blocks)
         count = min(len(tokens) // self.columns.block_size - found, self.pool.available)
-        if not self.caching or count <= 0:
+        if not self.caching or self.policy is None or count <= 0:
             return 0
         self._make_room(count)
         blocks = self.pool.take(count)
         fill(np.arange(found, found + count), blocks)
         for at, block in enumerate(blocks.tolist(), found):
             self._name(block, chain, at, tokens)
-        self.index.last_use[self.pool.release(blocks)] = self.clock
+        self.pool.release(blocks)
         return count
 
     def reset(self) -> int:
         """Forget all idle blocks, as after a change of weights; returns how many there were."""
         idle = np.flatnonzero(self.pool.indexed & (self.pool.references == 0))
-        self.index.forget(idle, "cache reset")
-        self.counts.evicted["reset"] += len(idle)
-        self.pool.drop(idle)
+        self._forget(idle, "reset", "cache reset")
         if self.host is not None:
             self.host = HostTier(self.host.slots)
         return len(idle)

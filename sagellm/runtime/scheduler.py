@@ -14,9 +14,9 @@ from attrs import define, field
 
 from sagellm.batch import Batch, Columns, Request
 from sagellm.errors import QueueFull, UserError
+from sagellm.kv.prefix import Chain, Lookup
 from sagellm.runtime.forecast import Hope, Lengths, peak_blocks
 from sagellm.runtime.kv import KVManager
-from sagellm.runtime.prefix import Chain, Lookup
 
 ORDERS = ("fcfs", "priority", "deadline")
 

@@ -431,6 +431,19 @@ def engine(text_checkpoint):
     return SageLLMEngine(str(text_checkpoint), max_sequences=4)
 
 
+def test_the_policy_of_the_kv_cache_can_be_changed_while_running(engine):
+    engine.set_kv_policy("lru")
+    with pytest.raises(UserError, match="unknown policy 'oldest'"):
+        engine.set_kv_policy("oldest")
+    engine.set_kv_policy("lifetime")
+
+
+def test_without_the_pass_there_is_no_policy_to_change(text_checkpoint):
+    plain = SageLLMEngine(str(text_checkpoint), max_sequences=4, pipeline="cleanup")
+    with plain, pytest.raises(UserError, match="accepted: a pipeline with kv-eviction-placement"):
+        plain.set_kv_policy("lru")
+
+
 @pytest.fixture(scope="module")
 def reciter(reciting_checkpoint):
     """It answers `<|assistant|>` with RECITED."""

@@ -87,7 +87,7 @@ def test_two_hundred_requests_give_what_each_gives_alone(folder, requests, monke
             assert got == (alone[: len(got)] if request.id in cut else alone)
     stats = core.stats()
     assert len(cut) > 10 and stats.preemptions > 10 and stats.reused > 500 and stats.copied_blocks > 10
-    assert stats.evicted["lru"] > 0 and (stats.fetched > 0) == ("host_kv_gib" in settings)
+    assert stats.evicted["lifetime"] > 0 and (stats.fetched > 0) == ("host_kv_gib" in settings)
     assert stats.running == stats.waiting == stats.kv_blocks_used == stats.failed_steps == 0
 
 
@@ -183,7 +183,9 @@ def test_what_left_says_when_and_why(folder, monkeypatch):
     last_began(core, prompt)
     last_began(core, random_tokens(150, 2))
     began, _ = last_began(core, prompt)
-    assert began.miss.startswith("evicted by lru in step 2, 0."), began.miss
+    assert began.miss.startswith("evicted by lifetime in step 2 (used once, last 9 blocks before; "), (
+        began.miss
+    )
     core.kv.reset()
     began, _ = last_began(core, prompt)
     assert began.miss.startswith("cache reset, 0.")

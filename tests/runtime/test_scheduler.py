@@ -8,8 +8,8 @@ from strategies import examples
 from world import LONGEST, NEVER, World, expected
 
 from sagellm.errors import QueueFull, UserError
+from sagellm.kv.prefix import HostTier
 from sagellm.runtime.pool import BlockPool
-from sagellm.runtime.prefix import HostTier
 
 tokens = st.integers(0, 2)
 beginnings = st.sampled_from([[], [0] * 3, [0] * 8, [0] * 11, [0, 1] * 6])

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from world import LONGEST, VOCABULARY, World, expected
 
+from sagellm.kv.policies import POLICIES
+
 STEPS = 50
 EXAMPLES = int(os.environ.get("SAGELLM_EXAMPLES", "40"))
 """40 are 2,000 steps, 2,000 are 100,000."""
@@ -27,6 +29,7 @@ class Machine(RuleBasedStateMachine):
         host_slots=st.sampled_from([0, 0, 2, 9]),
         caching=st.sampled_from([True, True, True, False]),
         dedup=st.booleans(),
+        policy=st.sampled_from([None, *POLICIES]),
     )
     def begin(self, **settings):
         self.world = World(**settings)
@@ -101,6 +104,11 @@ class Machine(RuleBasedStateMachine):
             return True
 
         self.world.step(breaks)
+
+    @precondition(lambda self: self.world.kv.policy is not None)
+    @rule(policy=st.sampled_from(sorted(POLICIES)))
+    def change_the_policy(self, policy):
+        self.world.kv.change_policy(policy)
 
     @rule()
     def forget_what_is_cached(self):

@@ -13,6 +13,7 @@ import numpy as np
 
 from sagellm.batch import Batch, Columns, Phase, Request, SamplingParams
 from sagellm.passes.driver import Pipeline, StepView
+from sagellm.passes.kv_eviction_placement import KVEvictionPlacement
 from sagellm.passes.prefix_dedup import PrefixDedup
 from sagellm.rows import build_rows
 from sagellm.runtime.kv import KVManager
@@ -60,6 +61,7 @@ class World:
         host_slots: int = 0,
         caching: bool = True,
         dedup: bool = True,
+        policy: str | None = "lru",
         max_queue: int = 1000,
         end: int = END,
     ):
@@ -76,7 +78,10 @@ class World:
             clock=lambda: self.time,
         )
         self.end_token = end
-        self.pipeline = Pipeline([PrefixDedup()] if dedup else [])
+        self.view = StepView(kv=self.kv)
+        kept = [KVEvictionPlacement(policy)] if policy else []
+        self.pipeline = Pipeline([*([PrefixDedup()] if dedup else []), *kept])
+        self.pipeline.prepare(self.view)
         self.cache = np.zeros((blocks + 1, BLOCK), np.int64)
         self.host = np.zeros((host_slots, BLOCK), np.int64)
         self.outputs: dict[tuple[str, int], list[int]] = {}
@@ -97,10 +102,10 @@ class World:
     def schedule(self) -> Batch:
         """As `Planner.schedule`."""
         batch = self.scheduler.propose()
-        self.pipeline.decide(batch, StepView())
+        self.pipeline.decide(batch, self.view)
         while self.scheduler.fit(batch):
             batch.facts.clear()
-            self.pipeline.decide(batch, StepView())
+            self.pipeline.decide(batch, self.view)
         self.scheduler.place(batch)
         return batch
 
@@ -128,7 +133,7 @@ class World:
                 return
             for half in np.array_split(rows, 2):
                 part = Batch(self.columns, *(r[np.isin(r, half)] for r in (batch.decode, batch.prefill)))
-                self.pipeline.decide(part, StepView())
+                self.pipeline.decide(part, self.view)
                 self.run(part, breaks)
 
     def execute(self, batch: Batch, breaks: Callable[[int], bool]) -> None:
@@ -155,6 +160,9 @@ class World:
         self.cache.reshape(-1)[rows.slots] = written if rows.kv_source is None else written[rows.kv_source]
         if any(breaks(row) for row in every):
             raise Broken
+        for block, slot in moves.ahead:
+            self.host[slot] = self.cache[block]
+        moves.ahead.clear()
         self.forwarded += rows.forwarded
         outputs = batch.output_rows().tolist()
         for row in every:
@@ -211,6 +219,22 @@ class World:
         named = {block: digest for digest, block in index._block.items()}
         assert len(named) == len(index._block) and set(named) == set(np.flatnonzero(pool.indexed).tolist())
         assert all(index.digest[block] == digest for block, digest in named.items())
+        records = index.blocks.records
+        assert all(records["depth"][b] >= 0 for b in named)
+        assert self.kv.policy is not None or not pool.idle, "kept without a pass that keeps"
+        assert (records["last_use"] <= index.blocks.clock).all()
+        gone = [left.place for left in index._gone.values()]
+        assert len(set(gone)) == len(gone) and not set(named.values()) & set(index._gone)
+        assert all(index._gone_digests[left.place] == digest for digest, left in index._gone.items())
+        leaving = self.kv.first_to_leave(pool.idle)
+        assert len(set(leaving.tolist())) == len(leaving) == pool.idle or self.kv.policy is None
+        turn = np.full(len(records), -1)
+        turn[leaving] = np.arange(len(leaving))
+        parent = records["parent"][leaving]
+        after = (
+            (parent >= 0) & (records["depth"][parent] == records["depth"][leaving] - 1) & (turn[parent] >= 0)
+        )
+        assert (turn[parent] > turn[leaving])[after].all(), "a block leaves before one that needs it"
         assert sorted([*self.scheduler._free, *rows.tolist()]) == list(range(c.capacity))
         assert sorted(self.scheduler.sequences) == sorted(rows.tolist())
         assert self.scheduler.waiting == sum(1 for _ in self.scheduler.queued())

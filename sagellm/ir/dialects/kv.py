@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from xdsl.dialects.builtin import StringAttr
 from xdsl.ir import Dialect
-from xdsl.irdl import irdl_op_definition, prop_def, result_def, var_operand_def
+from xdsl.irdl import irdl_op_definition, opt_prop_def, prop_def, result_def, var_operand_def
 
 from sagellm.ir.attrs import BlocksType, GroupType, TableAttr
 from sagellm.ir.syntax import SageOp
@@ -42,9 +43,11 @@ class Evict(_Move):
 
 @irdl_op_definition
 class Offload(_Move):
-    """Copy blocks that leave the device into host memory."""
+    """Copy blocks into host memory: those that leave the device, or, `when = ahead`, those that may leave in a later
+    step. These stay as they are through this step, so their copy may stand anywhere in it."""
 
     name = "kv.offload"
+    when = opt_prop_def(StringAttr)
     READS: ClassVar = ("kv",)
     WRITES: ClassVar = ("host",)
 

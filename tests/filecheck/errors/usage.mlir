@@ -1,7 +1,7 @@
 // What the command line refuses: one line with what would be accepted, exit status 2.
 
 // RUN: not sagellm opt %s -p no-such-pass 2>&1 | filecheck %s --check-prefix PASS
-// PASS: sagellm opt: error: unknown pass 'no-such-pass'; accepted: cleanup, comm-compute-overlap, kernel-fusion, pack-weights, prefix-dedup, shard
+// PASS: sagellm opt: error: unknown pass 'no-such-pass'; accepted: cleanup, comm-compute-overlap, kernel-fusion, kv-eviction-placement, pack-weights, prefix-dedup, shard, speculative-branching
 
 // RUN: not sagellm opt %s -p "cleanup{speed=9}" 2>&1 | filecheck %s --check-prefix OPTION
 // OPTION: sagellm opt: error: unknown option of pass cleanup 'speed'; accepted: none

@@ -9,10 +9,32 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from hashlib import sha256
+from typing import NamedTuple
 
 import numpy as np
 from attrs import field, frozen
+
+from sagellm.kv.blocks import Blocks, times
+
+REMEMBERED = 4
+"""So many pools' worth of blocks that left are remembered."""
+
+
+Details = Callable[[np.void], str]
+
+
+class Gone(NamedTuple):
+    """A block that left: why and when, where `Blocks.gone` has its record, and what to say of that."""
+
+    why: str
+    when: float
+    place: int
+    details: Details | None
+
+
+NOT_GONE = Gone("", 0.0, -1, None)
 
 
 @frozen
@@ -27,6 +49,13 @@ class Lookup:
     """Tokens found, in whole blocks."""
     miss: str
     """Why the first block that was not found is not there."""
+
+
+class Fate(NamedTuple):
+    """Is a block of a prompt found, and why, or why not?"""
+
+    found: bool
+    why: str
 
 
 @frozen
@@ -101,15 +130,15 @@ class PrefixIndex:
         self._identity = sha256(identity.encode()).digest()
         self._block: dict[bytes, int] = {}
         self.digest: list[bytes | None] = [None] * blocks
-        self.depth = np.zeros(blocks, np.int32)
-        self.last_use = np.zeros(blocks, np.int64)
+        self.blocks = Blocks(blocks, REMEMBERED * blocks)
         self._plain: dict[bytes, bytes] = {}
         """Of blocks under a salt: their digest -> the digest without it."""
         self._salted: dict[bytes, int] = {}
         """How many blocks under a salt have this digest without it."""
-        self._gone: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
-        """Why and when a block left; as many as there are blocks, four times."""
-        self._remembered = 4 * blocks
+        self._gone: dict[bytes, Gone] = {}
+        """The blocks that left last."""
+        self._gone_digests: list[bytes | None] = [None] * (REMEMBERED * blocks)
+        self._gone_next = 0
 
     def __len__(self) -> int:
         return len(self._block)
@@ -140,14 +169,37 @@ class PrefixIndex:
     def _why(self, chain: Chain, tokens: np.ndarray, found: int, full: int) -> str:
         if found == full:
             return f"below one block: {len(tokens) - full * self.block_size} of {self.block_size} tokens"
-        digest = chain.digests[found]
+        return self._absent(chain, tokens, found)
+
+    def _absent(self, chain: Chain, tokens: np.ndarray, at: int) -> str:
+        digest = chain.digests[at]
         if digest in self._gone:
-            why, when = self._gone[digest]
-            return f"{why}, {time.monotonic() - when:.1f} s ago"
-        plain = chain.plain(tokens, found, self.block_size)
+            gone = self._gone[digest]
+            details = f" ({gone.details(self.blocks.gone[gone.place])})" if gone.details else ""
+            return f"{gone.why}{details}, {time.monotonic() - gone.when:.1f} s ago"
+        plain = chain.plain(tokens, at, self.block_size)
         if plain in self._salted or (plain != digest and plain in self._block):
             return "salt differs"
         return "never seen"
+
+    def fates(self, chain: Chain, tokens: np.ndarray, host: HostTier | None) -> list[Fate]:
+        """What became of each full block of these tokens, also behind the first that is missing."""
+        full, fates = len(tokens) // self.block_size, []
+        chain.extend(tokens, full, self.block_size)
+        found = True
+        for at, digest in enumerate(chain.digests[:full]):
+            block = self._block.get(digest)
+            if block is not None:
+                record = self.blocks.records[block]
+                why = f"on the device, {times(int(record['uses']))} before"
+            elif host is not None and host.find(digest) is not None:
+                why = "in host memory"
+            else:
+                found, why = False, self._absent(chain, tokens, at)
+                fates.append(Fate(False, why))
+                continue
+            fates.append(Fate(found, why if found else f"{why}, but of no use behind a missing block"))
+        return fates
 
     def insert(self, block: int, chain: Chain, at: int, tokens: np.ndarray) -> bool:
         """Name what this block holds: the chain's block number `at`. False if another block holds that already."""
@@ -156,26 +208,34 @@ class PrefixIndex:
             return False
         self._block[digest] = block
         self.digest[block] = digest
-        self.depth[block] = at
-        self._gone.pop(digest, None)
+        parent = self._block.get(chain.digests[at - 1], -1) if at else -1
+        self.blocks.enter(block, parent, at, self._gone.pop(digest, NOT_GONE).place)
         if chain.salted:
             plain = chain.plain(tokens, at, self.block_size)
             self._plain[digest] = plain
             self._salted[plain] = self._salted.get(plain, 0) + 1
         return True
 
-    def forget(self, blocks: np.ndarray, why: str) -> None:
-        now = time.monotonic()
-        for block in blocks.tolist():
-            digest = self.digest[block]
+    def forget(self, blocks: np.ndarray, why: str, details: Details | None = None) -> np.ndarray:
+        """These are not found any more; returns the records of those forgotten for good. `details` gives a reason in
+        words from a block's record."""
+        now, gone, size = time.monotonic(), self.blocks.gone, len(self.blocks.gone)
+        places = (self._gone_next + np.arange(len(blocks))) % size
+        lost = gone[places]
+        gone[places] = self.blocks.records[blocks]
+        self._gone_next = (self._gone_next + len(blocks)) % size
+        for block, place in zip(blocks.tolist(), places.tolist()):
+            digest, before = self.digest[block], self._gone_digests[place]
             assert digest is not None
+            if before is not None and self._gone.get(before, NOT_GONE).place == place:
+                del self._gone[before]
+            self._gone_digests[place] = digest
+            self._gone[digest] = Gone(why, now, place, details)
             self.digest[block] = None
             del self._block[digest]
-            self._gone[digest] = (why, now)
             plain = self._plain.pop(digest, None)
             if plain is not None:
                 self._salted[plain] -= 1
                 if not self._salted[plain]:
                     del self._salted[plain]
-        while len(self._gone) > self._remembered:
-            self._gone.popitem(last=False)
+        return lost[lost["uses"] > 0]

@@ -1,0 +1,1 @@
+"""What the KV cache knows of its blocks, and which of them it keeps. numpy only."""
