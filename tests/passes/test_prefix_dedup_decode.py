@@ -25,6 +25,7 @@ pytest_plugins = ["checkpoints"]
 SHAPE = AttentionShape(heads=14, kv_heads=2, head_dim=64, layers=24, dtype="float32")
 FREE, COSTS = CostModel(call=0, bytes_per_second=1e15, narrow=1e-3), CostModel()
 OFF = "cleanup,kernel-fusion,pack-weights"
+ON = f"prefix-dedup,{OFF}"
 
 
 def decoding(tables: list[list[int]], block_size: int = 4) -> Batch:
@@ -214,7 +215,7 @@ def test_logits_are_those_without_the_pass(checkpoint, free, monkeypatch, archit
     common = random_tokens(50, 1)
     prompts = [common + random_tokens(n, n) for n in (3, 20, 1, 40)] + [random_tokens(20, 9)]
     runs = []
-    for pipeline in (None, OFF):
+    for pipeline in (ON, OFF):
         core, logits = make_core(folder, pipeline, max_length=128, max_batched_tokens=64), []
         monkeypatch.setattr(Executor, "run", keeping(RUN, logits))
         for i, prompt in enumerate(prompts):
