@@ -26,6 +26,7 @@ from sagellm.models.checkpoint import Checkpoint
 from sagellm.runtime import logprobs
 from sagellm.runtime.executor import Executor, StepOutcome
 from sagellm.runtime.swap import SwapOrRecompute
+from sagellm.runtime.trials import Trials
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class EngineCore(Planner):
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None):
         super().__init__(config)
-        self.counters, self.times = Counters(), Times()
+        self.counters, self.times, self.trials = Counters(), Times(), Trials()
         self._counted: set[tuple[str, ...]] = set()
         compiled, ranks = self.rank_program(), config.tensor_parallel
         self.ranks = Ranks(self) if ranks > 1 else None
@@ -98,7 +99,10 @@ class EngineCore(Planner):
         batch = self.schedule()
         now = self.scheduler.clock()
         started = self._note_begun(now)
+        tried = self._try_without(batch)
         results, failed = self._run(batch)
+        if tried is not None and not failed:
+            self._judge(tried)
         events = [self._settle(part, outcome) for part, outcome in results]
         took = time.perf_counter() - began
         if self.kv.host is not None:
@@ -106,6 +110,28 @@ class EngineCore(Planner):
         self.times.step.add(np.array([took]))
         self.times.host.add(np.array([took - self.executor.device_seconds]))
         return _merged(events, started, failed)
+
+    def _try_without(self, batch: Batch) -> tuple[str, str, int] | None:
+        """Where a fact may be left out, it sometimes is, and for good once that is faster. What is being tried."""
+        for p in self.pipeline.deciding:
+            for fact in p.optional:
+                for phase, facts in batch.facts.items():
+                    if fact not in facts:
+                        continue
+                    key = p.name, fact, 1 << (len(batch.rows(phase)) - 1).bit_length()
+                    if self.trials.of(key).leave_out():
+                        batch.facts[phase] = tuple(f for f in facts if f != fact)
+                    return key
+        return None
+
+    def _judge(self, tried: tuple[str, str, int]) -> None:
+        trial, (name, fact, rows) = self.trials.of(tried), tried
+        if trial.took(self.executor.device_seconds):
+            self.counters.remarks[name, False] += 1
+            log.warning(
+                "%s: declined at steps of up to %d rows: %s made them slower (measured: %+.1f us)",
+                name, rows, fact, trial.gain * 1e6,
+            )  # fmt: skip
 
     def _compare_ways_back(self, forwarded: int) -> None:
         """What the step's copies and its prefill took says whether blocks that leave are worth a copy."""
@@ -258,6 +284,7 @@ class EngineCore(Planner):
             finished=dict(count.finished),
             failed_steps=count.failed_steps,
             checked=dict(count.checked),
+            gains={" ".join(map(str, key)): gain for key, gain in self.trials.gains().items()},
             plan_hits=self.compiler.counts.hits,
             plan_misses=self.compiler.counts.misses,
             remarks={

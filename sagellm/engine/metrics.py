@@ -48,6 +48,7 @@ LABELLED = {
     "checked": ("checked_steps", "Steps evaluated before and after the passes.", "result"),
     "evicted": ("kv_blocks_evicted", "KV blocks that left the prefix cache.", "reason"),
 }
+GAINS = "gains", ("pass_gain_seconds", "Median seconds a step saved by a decision, measured.", "decision")
 TIMES = {
     "ttft": ("time_to_first_token_seconds", "From submission to the first token."),
     "itl": ("inter_token_latency_seconds", "Between two tokens of a sequence."),
@@ -71,6 +72,9 @@ class _Snapshot(Collector):
         for field, (name, text, label) in LABELLED.items():
             some = [((key,), value) for key, value in sorted(getattr(s, field).items())]
             yield self._family(CounterMetricFamily, name, text, some, label)
+        field, (name, text, label) = GAINS
+        gains = [((key,), value) for key, value in sorted(getattr(s, field).items())]
+        yield self._family(GaugeMetricFamily, name, text, gains, label)
         remarks = [
             ((name, outcome), count)
             for name, counts in s.remarks.items()

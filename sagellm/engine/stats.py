@@ -125,6 +125,8 @@ class EngineStats:
     failed_steps: int
     checked: dict[str, int]
     """Steps whose passes were checked against the operations' meaning, by `equal` or `different`."""
+    gains: dict[str, float]
+    """`pass fact rows` -> median seconds that the fact saved in a step of up to so many rows, as measured."""
     plan_hits: int
     plan_misses: int
     remarks: dict[str, dict[str, int]]

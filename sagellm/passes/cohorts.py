@@ -28,9 +28,6 @@ class Cohorts:
     longest: int
     """Tokens of whole blocks that two rows have in common, whether or not it pays to read them together."""
 
-    def __bool__(self) -> bool:
-        return bool(self.common.any())
-
 
 def find_cohorts(c: Columns, rows: np.ndarray, gain: Gain) -> Cohorts:
     """The cohorts that gain most. Every row is in one at most: of nested ones, the outer or the inner.

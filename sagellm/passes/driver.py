@@ -79,6 +79,8 @@ class StepView:
 class Pass:
     """Base of all passes. Subclasses are frozen dataclasses; their fields are the options."""
 
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Facts without which a step computes the same: now and then they are left out, to measure what they gain."""
     name: ClassVar[str]
     graph: ClassVar[Literal["batch", "model"]]
 

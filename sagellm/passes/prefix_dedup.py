@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 import numpy as np
-from attrs import evolve
+from attrs import frozen
 
 from sagellm.batch import Batch, Columns, Phase
 from sagellm.ir.attrs import group_type, rows_type, word
@@ -52,19 +52,20 @@ class PrefixDedup(Pass):
     nothing, and one whose own logprobs are wanted follows nobody. Layers with a window read each row alone.
     """
 
+    optional: ClassVar[tuple[str, ...]] = (CASCADE,)
     name: ClassVar[str] = "prefix-dedup"
     graph: ClassVar[Literal["batch"]] = "batch"
 
     def decide(self, batch: Batch, view: StepView) -> None:
-        notes = [self._share_prompts(batch), self._read_together(batch, view)]
-        if told := "; ".join(note for note in notes if note):
-            batch.notes[self.name] = told
+        c, rows = batch.columns, batch.prefill
+        c.leader[rows], c.shared[rows], c.common[batch.decode] = -1, 0, 0
+        if len(rows) > 1 and (note := self._share_prompts(batch)):
+            batch.notes[self.name] = note
+        if len(batch.decode) > 1 and view.attention is not None and view.attention.layers:
+            self._read_together(batch, view.costs, view.attention)
 
     def _share_prompts(self, batch: Batch) -> str | None:
         c, rows = batch.columns, batch.prefill
-        c.leader[rows], c.shared[rows] = -1, 0
-        if len(rows) < 2:
-            return None
         end = c.context + c.new
         own = np.where(c.length > c.alike_up_to, c.length, 0)
         alike = {int(r): (int(c.context[r]), int(own[r]), int(c.tenant[r])) for r in rows}
@@ -86,24 +87,20 @@ class PrefixDedup(Pass):
         followers = int((c.shared[rows] > 0).sum())
         return f"{saved} of {c.new[rows].sum()} prompt tokens are taken over by {followers} of {len(rows)} prompts"
 
-    def _read_together(self, batch: Batch, view: StepView) -> str | None:
-        c, rows, shape = batch.columns, batch.decode, view.attention
-        if len(rows) < 2 or shape is None or not shape.layers:
-            c.common[rows] = 0
-            return None
-        same = (rows.tobytes(), c.number[rows].tobytes(), c.sample[rows].tobytes())
-        kept = c.kept.get(self.name)
-        if kept is None or kept[0] != same or not _still_common(c, rows, kept[1]):
-            gain, calls = partial(cascade_gain, view.costs, shape), view.costs.seconds(calls=shape.layers)
-            kept = c.kept[self.name] = (same, *_judge(find_cohorts(c, rows, gain), gain, calls))
-        _, cohorts, note = kept
-        c.cohort[rows], c.common[rows] = cohorts.cohort, cohorts.common
-        if cohorts:
+    def _read_together(self, batch: Batch, costs: CostModel, shape: AttentionShape) -> None:
+        c, rows = batch.columns, batch.decode
+        same = rows.tobytes(), c.number[rows].tobytes()
+        kept: Kept | None = c.kept.get(self.name)
+        if kept is None or kept.same != same or kept.blocks != c.blocks[kept.rows, kept.last].tobytes():
+            gain, calls = partial(cascade_gain, costs, shape), costs.seconds(calls=shape.layers)
+            kept = c.kept[self.name] = _judge(c, rows, same, find_cohorts(c, rows, gain), gain, calls)
+        if kept.together:
+            c.cohort[rows], c.common[rows] = kept.cohorts.cohort, kept.cohorts.common
             _add_fact(batch, Phase.DECODE, CASCADE)
-        elif note:
-            batch.declines[self.name] = note
-            return None
-        return note
+            earlier = batch.notes.get(self.name)
+            batch.notes[self.name] = f"{earlier}; {kept.note}" if earlier else kept.note
+        elif kept.note:
+            batch.declines[self.name] = kept.note
 
     @rewrites(b.Group)
     def share(self, group: b.Group, graph: IRGraph, context: PassContext) -> None:
@@ -134,34 +131,46 @@ def cascade_gain(costs: CostModel, shape: AttentionShape, rows: int, tokens: int
     return alone - together - costs.seconds(moved=joined, calls=0)
 
 
-def _judge(found: Cohorts, gain: Gain, calls: float) -> tuple[Cohorts, str | None]:
-    """The cohorts, or none where they save less than the further `calls` take; and a word about it."""
-    if not found.longest:
-        return found, None
-    rows, cohorts = int((found.common > 0).sum()), len(np.unique(found.cohort[found.common > 0]))
+@frozen
+class Kept:
+    """What was found about decode rows, for as long as these decode and the last blocks they share are the same."""
+
+    same: tuple[bytes, bytes]
+    cohorts: Cohorts
+    together: bool
+    """Whether it pays."""
+    note: str
+    rows: np.ndarray
+    last: np.ndarray
+    blocks: bytes
+    """Entries `last` of the block tables of `rows`."""
+
+
+def _judge(
+    c: Columns, rows: np.ndarray, same: tuple[bytes, bytes], found: Cohorts, gain: Gain, calls: float
+) -> Kept:
+    """Cohorts pay where they save more than the further `calls` take."""
+    members = np.flatnonzero(found.common)
+    last = found.common[members] // c.block_size - 1
     predicted = (found.gain or gain(2, found.longest)) - calls
     saved = f"(predicted: {predicted * 1e6:+.1f} us)"
-    if predicted > 0:
-        what = (
-            f"{rows} of {len(found.common)} decode rows read up to {int(found.common.max())} tokens together"
-        )
-        return found, f"{what}, in {cohorts} cohorts {saved}"
-    alone = evolve(found, common=np.zeros_like(found.common), gain=0.0)
-    return (
-        alone,
-        f"decode rows have up to {found.longest} tokens of blocks in common: too few to gain {saved}",
-    )
-
-
-def _still_common(c: Columns, rows: np.ndarray, cohorts: Cohorts) -> bool:
-    """Are the last blocks that the cohorts share still the same?"""
-    members = np.flatnonzero(cohorts.common)
-    last = cohorts.common[members] // c.block_size - 1
-    return np.array_equal(c.blocks[rows[members], last], c.blocks[cohorts.cohort[members], last])
+    if not found.longest:
+        note = ""
+    elif predicted > 0:
+        most, count = int(found.common.max()), len(np.unique(found.cohort[members]))
+        who = f"{len(members)} of {len(rows)} decode rows"
+        note = f"{who} read up to {most} tokens together, in {count} cohorts {saved}"
+    else:
+        note = f"decode rows have up to {found.longest} tokens of blocks in common: too few to gain {saved}"
+    together = bool(len(members)) and predicted > 0
+    blocks = c.blocks[rows[members], last].tobytes()
+    return Kept(same, found, together, note, rows[members], last, blocks)
 
 
 def _add_fact(batch: Batch, phase: Phase, fact: str) -> None:
-    batch.facts[phase] = tuple(dict.fromkeys((*batch.facts.get(phase, ()), fact)))
+    facts = batch.facts.get(phase, ())
+    if fact not in facts:
+        batch.facts[phase] = (*facts, fact)
 
 
 def common_prefix(columns: Columns, one: int, other: int, limit: int) -> int:

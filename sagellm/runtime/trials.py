@@ -28,7 +28,7 @@ class Trial:
     gains: deque[float] = field(factory=lambda: deque(maxlen=WINDOW))
     """Seconds saved in each comparison."""
     _parts: deque[float] = field(factory=lambda: deque(maxlen=WINDOW))
-    _every: int = EVERY
+    _every: int = field(factory=lambda: EVERY)
     _since: int = 0
     _before: float = 0.0
     _without: float = 0.0

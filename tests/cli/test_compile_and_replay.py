@@ -118,10 +118,10 @@ def test_a_recorded_step_gives_the_same_logits_again(recorded):
     [
         ("nn.rms_norm %x, @first_norm", "nn.rms_norm %x, @first_norm_edited"),
         ("@mlp_norm {eps", "@next_norm {eps"),
-        ("    nn.kv_write", "    // nn.kv_write"),
+        ("nn.rope_kv_write %q, %k, %v", "nn.rope_kv_write %q, %v, %k"),
         ("count = 3", "count = 2"),
     ],
-    ids=["other weight", "swapped weights", "operation removed", "layer left out"],
+    ids=["other weight", "swapped weights", "swapped operands", "layer left out"],
 )
 def test_an_edited_dump_gives_other_logits(recorded, tmp_path, find, put):
     source = recorded[0]

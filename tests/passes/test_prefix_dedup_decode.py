@@ -201,7 +201,7 @@ def test_sixteen_prompts_with_a_common_beginning_are_computed_once(folder):
 
 @pytest.mark.parametrize("stock", [False, True], ids=["native", "stock torch"])
 @pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "LlamaForCausalLM", "window"])
-def test_logits_are_those_without_the_pass(checkpoint, free, monkeypatch, architecture, stock):
+def test_logits_are_those_of_rows_that_read_alone(checkpoint, monkeypatch, architecture, stock):
     """Samples of a prompt, prompts that come while others decode, and layers with a window among others."""
     from sagellm.backends.cpu import native
 
@@ -217,8 +217,9 @@ def test_logits_are_those_without_the_pass(checkpoint, free, monkeypatch, archit
     common = random_tokens(50, 1)
     prompts = [common + random_tokens(n, n) for n in (3, 20, 1, 40)] + [random_tokens(20, 9)]
     runs = []
-    for pipeline in (ON, OFF):
-        core, logits = make_core(folder, pipeline, max_length=128, max_batched_tokens=64), []
+    for costs in (FREE, CostModel(call=1.0)):
+        monkeypatch.setattr(CpuBackend, "costs", costs)
+        core, logits = make_core(folder, ON, max_length=128, max_batched_tokens=64), []
         monkeypatch.setattr(Executor, "run", keeping(RUN, logits))
         for i, prompt in enumerate(prompts):
             core.submit(Request(str(i), prompt, SamplingParams(max_tokens=12, n=2 if i == 1 else 1)))
