@@ -192,7 +192,9 @@ def test_remarks_and_required_passes(model, requests):
 
 def test_verify_checks_every_pass_of_the_pipeline(model, requests):
     last = compile_(model, requests, "--verify", "--emit", "plan").strip().splitlines()[-1]
-    assert last.startswith("verified: prefix-dedup, kv-eviction-placement, cleanup, kernel-fusion, pack-weights")
+    assert last.startswith(
+        "verified: prefix-dedup, kv-eviction-placement, cleanup, kernel-fusion, pack-weights"
+    )
 
 
 def test_what_else_can_be_emitted(model, requests):
