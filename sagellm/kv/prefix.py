@@ -18,8 +18,8 @@ from attrs import field, frozen
 
 from sagellm.kv.blocks import Blocks, times
 
-REMEMBERED = 4
-"""So many pools' worth of blocks that left are remembered."""
+REMEMBERED, AT_LEAST = 4, 8192
+"""So many pools' worth of blocks that left are remembered, and in a small pool so many blocks."""
 
 
 Details = Callable[[np.void], str]
@@ -130,14 +130,15 @@ class PrefixIndex:
         self._identity = sha256(identity.encode()).digest()
         self._block: dict[bytes, int] = {}
         self.digest: list[bytes | None] = [None] * blocks
-        self.blocks = Blocks(blocks, REMEMBERED * blocks)
+        remembered = max(REMEMBERED * blocks, AT_LEAST)
+        self.blocks = Blocks(blocks, remembered)
         self._plain: dict[bytes, bytes] = {}
         """Of blocks under a salt: their digest -> the digest without it."""
         self._salted: dict[bytes, int] = {}
         """How many blocks under a salt have this digest without it."""
         self._gone: dict[bytes, Gone] = {}
         """The blocks that left last."""
-        self._gone_digests: list[bytes | None] = [None] * (REMEMBERED * blocks)
+        self._gone_digests: list[bytes | None] = [None] * remembered
         self._gone_next = 0
 
     def __len__(self) -> int:

@@ -45,8 +45,7 @@ class KVEvictionPlacement(Pass):
     def decide(self, batch: Batch, view: StepView) -> None:
         batch.leaving = batch.ahead = batch.leaving[:0]
         cache = view.kv
-        short = cache.shortage(batch) if cache is not None else 0
-        if cache is None or not short:
+        if cache is None or not (short := cache.shortage(batch)):
             return
         batch.offload = self.offload and cache.copies_pay
         chosen = cache.first_to_leave(2 * short if batch.offload else short)

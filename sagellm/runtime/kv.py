@@ -97,8 +97,11 @@ class KVManager:
 
     def shortage(self, batch: Batch) -> int:
         """Blocks that must leave for this step."""
-        c = self.columns
-        bound = 2 * len(batch.decode) + int(c.new[batch.prefill].sum() + c.drafted[batch.decode].sum())
+        bound = 2 * batch.decode.size
+        if batch.facts:  # guesses, where there are some
+            bound += int(self.columns.drafted[batch.decode].sum())
+        if batch.prefill.size:
+            bound += int(self.columns.new[batch.prefill].sum())
         return 0 if bound <= self.pool.free else max(0, self.growth(batch) - self.pool.free)
 
     def first_to_leave(self, count: int) -> np.ndarray:
@@ -240,11 +243,14 @@ class KVManager:
         """Let the blocks leave that the passes chose; copy those that the step writes into while others hold them."""
         self.clock += 1
         moves = self.moves
-        moves.offload += moves.ahead  # of a step that failed: its blocks may be overwritten now
-        moves.ahead.clear()
-        self._leave(batch.leaving, offload=batch.offload)
+        if moves.ahead:  # of a step that failed: its blocks may be overwritten now
+            moves.offload += moves.ahead
+            moves.ahead.clear()
+        if batch.leaving.size:
+            self._leave(batch.leaving, offload=batch.offload)
         self._make_room(self.growth(batch))
-        moves.ahead += self._slots_for(batch.ahead, ())
+        if batch.ahead.size:
+            moves.ahead += self._slots_for(batch.ahead, ())
         c, pool = self.columns, self.pool
         for rows in (batch.decode, batch.prefill):
             blocks = self._written(rows)
@@ -279,8 +285,6 @@ class KVManager:
 
     def _leave(self, blocks: np.ndarray, *, offload: bool, wanted: Iterable[int] = ()) -> None:
         """Idle blocks become free, with a copy in host memory where that pays."""
-        if not len(blocks):
-            return
         assert self.policy is not None
         if offload and self.copies_pay:
             self.moves.offload += self._slots_for(blocks, wanted)
@@ -291,8 +295,7 @@ class KVManager:
 
     def _slots_for(self, blocks: np.ndarray, wanted: Iterable[int]) -> list[tuple[int, int]]:
         """(block, slot) for those of these blocks that get a place in host memory and have none."""
-        if not len(blocks) or self.host is None:
-            return []
+        assert self.host is not None
         moves, pairs = self.moves, []
         pinned = {*wanted, *(slot for slot, _ in moves.fetch), *(slot for _, slot in moves.offload)}
         for block in blocks.tolist():

@@ -59,8 +59,8 @@ def test_with_room_for_all_every_policy_finds_what_was_seen():
 
 
 def test_lifetime_gains_on_conversations():
-    asked = prompts(conversations(1500, seed=3))
-    lru, life, best = (Replay(name, 300, asked).run().ratio for name in ("lru", "lifetime", BELADY))
+    asked = prompts(conversations(700, seed=3))
+    lru, life, best = (Replay(name, 200, asked).run().ratio for name in ("lru", "lifetime", BELADY))
     assert lru < life < best
 
 
