@@ -81,17 +81,18 @@ def test_the_written_files_are_numbered_and_named_by_phase(model, requests, tmp_
     assert [p.name for p in sorted(tmp_path.iterdir())] == [
         "00-lowered.mlir",
         "01-prefix-dedup.mlir",
-        "02-model.mlir",
-        "03-cleanup.mlir",
-        "04-kernel-fusion.mlir",
-        "05-pack-weights.mlir",
-        "06-final.mlir",
-        "06-final.safetensors",
-        "07-plan.txt",
-        "08-code.py",
-        "09-remarks.txt",
+        "02-speculative-branching.mlir",
+        "03-model.mlir",
+        "04-cleanup.mlir",
+        "05-kernel-fusion.mlir",
+        "06-pack-weights.mlir",
+        "07-final.mlir",
+        "07-final.safetensors",
+        "08-plan.txt",
+        "09-code.py",
+        "10-remarks.txt",
     ]
-    done = capture(["replay", str(tmp_path / "06-final.mlir"), "--json"])
+    done = capture(["replay", str(tmp_path / "07-final.mlir"), "--json"])
     assert json.loads(done.stdout)["forwarded"] == UNIQUE_TOKENS
 
 
@@ -191,7 +192,9 @@ def test_remarks_and_required_passes(model, requests):
 
 def test_verify_checks_every_pass_of_the_pipeline(model, requests):
     last = compile_(model, requests, "--verify", "--emit", "plan").strip().splitlines()[-1]
-    assert last.startswith("verified: prefix-dedup, cleanup, kernel-fusion, pack-weights")
+    assert last.startswith(
+        "verified: prefix-dedup, speculative-branching, cleanup, kernel-fusion, pack-weights"
+    )
 
 
 def test_what_else_can_be_emitted(model, requests):
