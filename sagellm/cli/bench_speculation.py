@@ -15,8 +15,8 @@ COLUMNS = (
 
 @click.command()
 @options(*MODEL)
-@click.option("--output", type=click.IntRange(1), default=96, show_default=True, help="Tokens to generate.")
-@click.option("--requests", type=click.IntRange(1), default=6, show_default=True, help="Of those one by one.")
+@click.option("--output", type=click.IntRange(1), default=128, show_default=True, help="Tokens to generate.")
+@click.option("--requests", type=click.IntRange(1), default=8, show_default=True, help="Of those one by one.")
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Random texts at once.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 @JSON

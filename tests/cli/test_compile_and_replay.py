@@ -81,18 +81,19 @@ def test_the_written_files_are_numbered_and_named_by_phase(model, requests, tmp_
     assert [p.name for p in sorted(tmp_path.iterdir())] == [
         "00-lowered.mlir",
         "01-prefix-dedup.mlir",
-        "02-kv-eviction-placement.mlir",
-        "03-model.mlir",
-        "04-cleanup.mlir",
-        "05-kernel-fusion.mlir",
-        "06-pack-weights.mlir",
-        "07-final.mlir",
-        "07-final.safetensors",
-        "08-plan.txt",
-        "09-code.py",
+        "02-speculative-branching.mlir",
+        "03-kv-eviction-placement.mlir",
+        "04-model.mlir",
+        "05-cleanup.mlir",
+        "06-kernel-fusion.mlir",
+        "07-pack-weights.mlir",
+        "08-final.mlir",
+        "08-final.safetensors",
+        "09-plan.txt",
+        "10-code.py",
         "10-remarks.txt",
     ]
-    done = capture(["replay", str(tmp_path / "07-final.mlir"), "--json"])
+    done = capture(["replay", str(tmp_path / "08-final.mlir"), "--json"])
     assert json.loads(done.stdout)["forwarded"] == UNIQUE_TOKENS
 
 
@@ -193,7 +194,7 @@ def test_remarks_and_required_passes(model, requests):
 def test_verify_checks_every_pass_of_the_pipeline(model, requests):
     last = compile_(model, requests, "--verify", "--emit", "plan").strip().splitlines()[-1]
     assert last.startswith(
-        "verified: prefix-dedup, kv-eviction-placement, cleanup, kernel-fusion, pack-weights"
+        "verified: prefix-dedup, speculative-branching, kv-eviction-placement, cleanup, kernel-fusion, pack-weights"
     )
 
 

@@ -179,7 +179,7 @@ def test_stop_strings_end_a_text_in_the_middle_of_what_was_accepted():
             hows = [SamplingParams(max_tokens=40, stop=free.text[at : at + 3]) for at in (9, 16, 25)]
             told.append([engine.generate(["Once upon a time"], how)[0] for how in hows])
             stats = engine.stats()
-    assert stats.accepted > 10
+    assert stats.accepted > 5
     for one, other in zip(*told):
         assert (one.text, one.token_ids, one.finish_reason) == (other.text, other.token_ids, "stop")
 
