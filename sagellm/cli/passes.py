@@ -40,7 +40,7 @@ def passes(as_json: bool, extra: tuple[str, ...]) -> None:
     if as_json:
         click.echo(json.dumps({"passes": entries, "default": DEFAULT}, indent=2, default=str))
     else:
-        click.echo("\n\n".join([*map(as_text, entries), f"default pipeline: {DEFAULT}"]))
+        click.echo("\n\n".join([*map(as_text, entries), f"default pipeline:\n    {DEFAULT}"]))
 
 
 def entry(name: str, load: Callable[[], type[Pass]]) -> dict[str, Any]:

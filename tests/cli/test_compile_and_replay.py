@@ -91,7 +91,7 @@ def test_the_written_files_are_numbered_and_named_by_phase(model, requests, tmp_
         "08-final.safetensors",
         "09-plan.txt",
         "10-code.py",
-        "10-remarks.txt",
+        "11-remarks.txt",
     ]
     done = capture(["replay", str(tmp_path / "08-final.mlir"), "--json"])
     assert json.loads(done.stdout)["forwarded"] == UNIQUE_TOKENS

@@ -396,8 +396,8 @@ def test_a_decode_costs_as_many_calls_for_1024_as_for_256(steady, how):
     (miss, hit, schedule), (large_miss, *large) = (costs(steady(rows, how)) for rows in (256, 1024))
     assert max(miss, large_miss) <= 10_000
     assert [hit, schedule] == large
-    assert hit <= 600
-    assert schedule <= 60
+    assert hit <= 650
+    assert schedule <= 80
 
 
 def test_a_whole_step_without_the_model_costs_as_many_calls_for_1024_as_for_256(steady):
