@@ -183,7 +183,7 @@ def test_what_left_says_when_and_why(folder, monkeypatch):
     last_began(core, prompt)
     last_began(core, random_tokens(150, 2))
     began, _ = last_began(core, prompt)
-    assert began.miss.startswith("evicted by lifetime in step 2 (used once, last 9 blocks before; "), (
+    assert began.miss.startswith("evicted by lifetime in step 2 (used once, last 0 blocks before; "), (
         began.miss
     )
     core.kv.reset()
