@@ -77,7 +77,7 @@ TOPOLOGIES = {
             bandwidth=_figure(
                 2.8e10,
                 "B/s",
-                "published for Atlas 800T A2, not confirmed: 392 GB/s a processor, 7 links, both ways",
+                "published, not confirmed: Atlas 800T A2, 392 GB/s a processor, 7 links, both ways",
             ),
             latency=_figure(1e-5, "s", ASSUMED),
             slowdown=_figure(1.1, "times", ASSUMED),
@@ -85,7 +85,7 @@ TOPOLOGIES = {
                 flops={"float32": 5e13, "bfloat16": 2e14, "float16": 2e14},
                 bytes_per_second=1.1e12,
                 call=5e-6,
-                source="Ascend 910B-like: 280 TFLOP/s of fp16 (ai.gitee.com), 1.6 TB/s (unconfirmed); 70% assumed",
+                source="Ascend 910B-like: 280 TFLOP/s of fp16 (ai.gitee.com), 1.6 TB/s (unconfirmed), 70% assumed",
             ),
         ),
         Topology(
