@@ -224,7 +224,7 @@ def test_each_pass_says_what_it_does_and_when_it_declines():
     done = capture(["passes"])
     assert done.code == 0 and max(map(len, done.stdout.splitlines())) <= WIDTH
     *entries, last = done.stdout.strip().split("\n\n")
-    assert last == f"    {DEFAULT}"
+    assert last == f"default pipeline:\n    {DEFAULT}"
     ours = entries[: len(PASSES)]
     assert [entry.split(":")[0] for entry in ours] == list(PASSES)
     assert all(" rewrites " in entry and "\n    Declines " in entry for entry in ours)
