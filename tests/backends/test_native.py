@@ -117,6 +117,10 @@ def test_a_product_with_a_matrix_in_panels(dtype, rows, n, k, biased):
         ours = module.linear_panels(x, packed, bias)
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.double(), exact, rtol=DTYPES[dtype], atol=roundings)
+    whole = native.linear_panels(x, packed, bias)
+    for first, count in ((0, 1), (rows // 3, 4), (rows // 2, 7)):
+        some = native.linear_panels(x[first : first + count], packed, bias)
+        assert torch.equal(some, whole[first : first + count]), "a row's result depends on the rows beside it"
     apart = random(4, dtype, rows, 2 * k)[:, k:]
     again = native.linear_panels(apart, packed, bias)
     assert torch.equal(again, native.linear_panels(apart.contiguous(), packed, bias))
