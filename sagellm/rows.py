@@ -104,7 +104,7 @@ def build_rows(batch: Batch, *, shared: bool = False, cascade: bool = False) -> 
         slots = np.concatenate([slots, _slots(c, extra_rows, extra_positions)])
     decode_lengths = c.context[decode] + 1
     prefill_lengths = (c.context + c.new)[working]
-    cohorts = _cohorts(c, decode if cascade else decode[:0])
+    cohorts = _cohorts(c, decode) if cascade else NO_COHORTS
     return Rows(
         tokens=c.tokens[sequences, positions].astype(np.int64),
         positions=positions.astype(np.int64),
@@ -123,6 +123,9 @@ def build_rows(batch: Batch, *, shared: bool = False, cascade: bool = False) -> 
         prefill_lengths=prefill_lengths,
         prefill_offsets=offsets,
     )
+
+
+NO_COHORTS = np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64)
 
 
 def _cohorts(c: Columns, decode: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

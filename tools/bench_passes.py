@@ -109,6 +109,7 @@ def attention(rows, prefix, own, heads, kv_heads, head_dim, dtype, pairs) -> Non
             prefill_lengths=nothing,
             prefill_offsets=np.array([rows]),
             kv_source=None,
+            trees=None,
             **dict.fromkeys(("tokens", "positions", "lengths", "slots", "outputs"), nothing),
         ),
         block,

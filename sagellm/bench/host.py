@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
 import time
@@ -46,12 +47,15 @@ def calls(function: Callable[[], object]) -> int:
 def steady(rows: int, steps: int) -> dict[str, float]:
     """Scheduling, deciding, lowering, lookup, binding, commit and reporting of `steps` decode steps."""
     core = decoding(rows, steps + COUNTED + 16)
+    gc.collect()
+    gc.freeze()  # as a core in a process of its own does
     hits, seconds = core.compiler.counts.hits, []
     for _ in range(steps):
         began = time.perf_counter()
         core.advance()
         seconds.append(time.perf_counter() - began)
     found = (core.compiler.counts.hits - hits) / steps
+    gc.unfreeze()
     return {
         "sequences": rows,
         "median_us": statistics.median(seconds) * 1e6,

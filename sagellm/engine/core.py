@@ -107,8 +107,8 @@ class EngineCore(Planner):
         took = time.perf_counter() - began
         if self.kv.host is not None:
             self._compare_ways_back(sum(outcome.forwarded for _, outcome in results))
-        self.times.step.add(np.array([took]))
-        self.times.host.add(np.array([took - self.executor.device_seconds]))
+        self.times.step.add_one(took)
+        self.times.host.add_one(took - self.executor.device_seconds)
         return _merged(events, started, failed)
 
     def _try_without(self, batch: Batch) -> tuple[str, str, int] | None:
@@ -152,7 +152,7 @@ class EngineCore(Planner):
             fresh = s.computed == 0
             if fresh:
                 self.counters.prompt += len(s.request.prompt)
-                self.times.queue.add(np.array([now - s.arrived]))
+                self.times.queue.add_one(now - s.arrived)
             started.append(Began(s.number, s.sample, s.hit, s.miss, now - s.arrived))
         return started
 
@@ -235,7 +235,7 @@ class EngineCore(Planner):
         for i in np.flatnonzero(reasons).tolist():
             row = int(rows[i])
             if indices[i] > 0:
-                self.times.tpot.add(np.array([(c.last_token[row] - c.first_token[row]) / indices[i]]))
+                self.times.tpot.add_one((c.last_token[row] - c.first_token[row]) / indices[i])
             self.view.drafts.ended(row)
             self.scheduler.finish(row)
             self.counters.finished[REASONS[reasons[i]]] += 1

@@ -5,6 +5,7 @@ It speaks the messages of `CoreService` over the socket, and ends when the socke
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -29,6 +30,8 @@ def serve(connection: Connection) -> None:
     connection.send(
         "ready", info.model_id, str(info.folder), info.capability, info.kv_schema, info.vocab_size
     )
+    gc.collect()
+    gc.freeze()  # what is there stays; else every collection of a step's graph would walk over it
     service = CoreService(core)
     while True:
         for message in connection.messages(wait=not core.busy):

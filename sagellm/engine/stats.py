@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from typing import Any
 
@@ -28,6 +29,10 @@ class Histogram:
         at = np.searchsorted(self.bounds, values)
         self.counts += np.bincount(at, minlength=len(self.counts))
         self.sum += float(values.sum())
+
+    def add_one(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
 
     def summary(self) -> dict[str, Any]:
         return {

@@ -224,6 +224,8 @@ class KVManager:
         """Blocks that the step takes: for new tokens, and for copies of blocks that it must not write into."""
         c, total = self.columns, 0
         for rows in (batch.decode, batch.prefill):
+            if not rows.size:
+                continue
             wanted = -(-(c.context[rows] + c.new[rows] + c.drafted[rows]) // c.block_size) - c.owned[rows]
             if rows is batch.prefill and c.shared[rows].any():
                 low, high = aliased_blocks(c, rows)
@@ -248,11 +250,14 @@ class KVManager:
             moves.ahead.clear()
         if batch.leaving.size:
             self._leave(batch.leaving, offload=batch.offload)
-        self._make_room(self.growth(batch))
+        if short := self.shortage(batch):
+            self._make_room(self.pool.free + short)
         if batch.ahead.size:
             moves.ahead += self._slots_for(batch.ahead, ())
         c, pool = self.columns, self.pool
         for rows in (batch.decode, batch.prefill):
+            if not rows.size:
+                continue
             blocks = self._written(rows)
             for row in rows[(pool.references[blocks] > 1) | pool.indexed[blocks]].tolist():
                 self._own(row, int(c.context[row]) // c.block_size)
