@@ -40,6 +40,8 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
 }
+PLAIN = "prefix-dedup,cleanup,kernel-fusion,pack-weights"
+"""Without guesses, so that all sequences get a token in each step."""
 WITHOUT = {"cascade": "cleanup,kernel-fusion,pack-weights", "fusion": "prefix-dedup,cleanup,pack-weights"}
 
 
@@ -147,7 +149,9 @@ def cascade(layers: int, rows: int, prefix: int, pairs: int) -> None:
     """One decode step of Qwen2.5-0.5B's shape in float32, over a prompt that all rows share."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint(Path(scratch), "Qwen2", SHAPE_05B | {"num_hidden_layers": layers})
-        config = EngineConfig(model=str(folder), dtype="float32", max_sequences=rows, max_length=prefix + 64)
+        config = EngineConfig(
+            model=str(folder), dtype="float32", max_sequences=rows, max_length=prefix + 64, pipeline=PLAIN
+        )
         core = EngineCore(config)
     common = np.random.default_rng(0).integers(0, 150000, prefix).tolist()
     for row in range(rows):
@@ -184,7 +188,7 @@ def fusion(batches, tokens: int, pairs: int) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = checkpoint(Path(scratch), family, SMALL)
             engines = {}
-            for name, pipeline in (("plain", WITHOUT["fusion"]), ("fused", None)):
+            for name, pipeline in (("plain", WITHOUT["fusion"]), ("fused", PLAIN)):
                 ours = Ours.__new__(Ours)
                 config = EngineConfig(
                     model=str(folder), dtype="float32", pipeline=pipeline, max_sequences=8, max_length=256
@@ -196,7 +200,7 @@ def fusion(batches, tokens: int, pairs: int) -> None:
             runs = {name: partial(ours, prompts, tokens) for name, ours in engines.items()}
             seconds = interleaved(pairs, **runs)
             programs = [ours.core.compiler.model(("decode",)).program for ours in engines.values()]
-            calls = [program.calls["layers.dense"] for program in programs]
+            calls = [next(n for f, n in p.calls.items() if f.startswith("layers")) for p in programs]
             rates = [batch * tokens / statistics.median(times) for times in seconds.values()]
             click.echo(
                 f"{family:<9}{batch:>5}{calls[0]:>7}{calls[1]:>7}{rates[0]:>9.1f}{rates[1]:>9.1f}  "
