@@ -279,8 +279,12 @@ class Scheduler:
         over tokens count without them and stand behind their leader, so none stays without one.
         """
         c, rows = self.columns, batch.prefill
+        if not len(rows):
+            return False
+        if self._wait_for_leaders(rows):
+            return True
         room = max(1, self.budget - len(batch.decode))
-        if not len(rows) or c.new[rows].sum() <= room:
+        if c.new[rows].sum() <= room:
             return False
         forward = c.new[rows] - c.shared[rows]
         order = rows[np.concatenate([[0], 1 + np.argsort(forward[1:], kind="stable")])]
@@ -293,10 +297,26 @@ class Scheduler:
         first = min(int(forward[0]), max((room + 1) // 2, room - shorter))
         granted = np.clip(room - first - np.cumsum(forward[1:]) + forward[1:], 0, forward[1:])
         granted = np.concatenate([[first], granted])
-        kept = order[(granted > 0) | (forward == 0)]
         c.new[order] = np.where(granted < forward, c.shared[order] + granted, c.new[order])
-        batch.prefill = rows[np.isin(rows, kept) & (c.new[rows] > 0)]
+        alone = (c.leader[rows] >= 0) & (c.new[c.leader[rows]] == 0)
+        while alone.any():  # none follows a leader that is not in the step
+            c.new[rows[alone]] = 0
+            alone = (c.leader[rows] >= 0) & (c.new[c.leader[rows]] == 0) & (c.new[rows] > 0)
+        batch.prefill = rows[c.new[rows] > 0]
         return True
+
+    def _wait_for_leaders(self, rows: np.ndarray) -> bool:
+        """Who follows a leader up to the end of its chunk goes no further: the next chunk may be common too."""
+        c = self.columns
+        followers = rows[c.leader[rows] >= 0]
+        if not len(followers):
+            return False
+        leaders = c.leader[followers]
+        ends = c.context[leaders] + c.new[leaders]
+        waits = (ends < c.length[leaders]) & (c.context[followers] + c.shared[followers] == ends)
+        waiting = followers[waits & (c.new[followers] > c.shared[followers])]
+        c.new[waiting] = c.shared[waiting]
+        return bool(len(waiting))
 
     def _admit(self) -> None:
         while self._queue:

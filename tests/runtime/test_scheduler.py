@@ -34,6 +34,18 @@ def test_a_step_forwards_each_distinct_beginning_once(texts):
     world.check_whole()
 
 
+@examples(100)
+@given(texts=st.lists(prompts, min_size=1, max_size=5), budget=st.integers(1, 30))
+def test_so_do_steps_that_are_too_small_for_the_prompts(texts, budget):
+    """In whatever chunks they come."""
+    world = World(capacity=5, blocks=30, budget=budget, caching=False, end=NEVER)
+    for index, prompt in enumerate(texts):
+        world.submit(str(index), prompt, max_tokens=1)
+    world.run_all()
+    assert world.forwarded == len({tuple(p[: n + 1]) for p in texts for n in range(len(p))})
+    world.check_whole()
+
+
 # orders
 
 
