@@ -297,7 +297,11 @@ class Scheduler:
         first = min(int(forward[0]), max((room + 1) // 2, room - shorter))
         granted = np.clip(room - first - np.cumsum(forward[1:]) + forward[1:], 0, forward[1:])
         granted = np.concatenate([[first], granted])
+        cut = order[granted < forward]
         c.new[order] = np.where(granted < forward, c.shared[order] + granted, c.new[order])
+        leaders = cut[np.isin(cut, c.leader[rows])]
+        whole = (c.context[leaders] + c.new[leaders]) // c.block_size * c.block_size - c.context[leaders]
+        c.new[leaders] = np.where(whole > 0, whole, c.new[leaders])  # followers take over whole blocks
         alone = (c.leader[rows] >= 0) & (c.new[c.leader[rows]] == 0)
         while alone.any():  # none follows a leader that is not in the step
             c.new[rows[alone]] = 0
