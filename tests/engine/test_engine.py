@@ -233,8 +233,8 @@ def test_what_cannot_run_is_refused_in_one_line_and_nothing_stays_of_it(checkpoi
     how = SamplingParams(max_tokens=4)
     core.submit(Request("running", [1], how))
     core.step()
-    for name in ("chunked", "admitted", "waiting"):
-        core.submit(Request(name, [2] * 20, how))
+    for token, name in enumerate(("chunked", "admitted", "waiting"), 2):
+        core.submit(Request(name, [token] * 20, how))
     core.step()
     assert core.columns.context[:3].tolist() == [2, 7, 0]
     before = core.kv.pool.used, core.scheduler.waiting, core.scheduler.running
