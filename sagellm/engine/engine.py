@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from itertools import count
@@ -337,10 +336,7 @@ class SageLLMEngine(BaseInferenceEngine):
         """Take nothing new and wait until all requests have ended, at most so many seconds; whether they have."""
         if self._state is EngineState.READY:
             self._state = EngineState.DRAINING
-        end = time.monotonic() + timeout
-        while self.front.live and time.monotonic() < end:
-            time.sleep(0.01)
-        return not self.front.live
+        return self.front.wait_until_idle(timeout)
 
     async def stop(self, drain_s: float = 30) -> None:
         await asyncio.to_thread(self.drain, drain_s)

@@ -84,6 +84,7 @@ class Front:
         self._calls: dict[int, tuple[tuple, Future]] = {}
         self._numbers, self._tokens = count(), count()
         self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
         self._fruitless = 0
         """Cores lost since the last token."""
         self._closed = False
@@ -94,6 +95,11 @@ class Front:
     def live(self) -> int:
         """Requests that have not ended."""
         return len(self._journals)
+
+    def wait_until_idle(self, timeout: float) -> bool:
+        """Block until all requests have ended, at most so many seconds; whether they have."""
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._journals, timeout)
 
     # what callers do
 
@@ -285,6 +291,8 @@ class Front:
             del self._journals[journal.number]
             journal.events.put(None)
             journal.done.set()
+            if not self._journals:
+                self._idle.notify_all()
 
     def _end_all(self, reason: str, error: str) -> None:
         touched = list(self._journals.values())
