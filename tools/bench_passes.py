@@ -23,8 +23,9 @@ import torch
 from bench import SHAPE_05B, Ours
 from torch.nn.functional import scaled_dot_product_attention
 
-from sagellm.backends.cpu import kernels, native
-from sagellm.backends.cpu.columns import CpuRows
+from sagellm.backends.aten import kernels
+from sagellm.backends.aten.columns import AtenRows
+from sagellm.backends.cpu import native
 from sagellm.batch import Request, SamplingParams
 from sagellm.config import EngineConfig
 from sagellm.engine.core import EngineCore
@@ -101,7 +102,7 @@ def attention(rows, prefix, own, heads, kv_heads, head_dim, dtype, pairs) -> Non
     kv = torch.randn(2, len(order) + 1, block, kv_heads, head_dim).to(kind)
     q, length, scale = torch.randn(rows, heads * head_dim).to(kind), shared * block + own, head_dim**-0.5
     nothing = np.zeros(0, np.int64)
-    columns = CpuRows(
+    columns = AtenRows(
         SimpleNamespace(  # type: ignore[arg-type]
             decode_blocks=table,
             decode_lengths=np.full(rows, length),

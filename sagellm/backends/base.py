@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sagellm.backends.comm import CommBackendProtocol, Gloo
@@ -63,6 +64,10 @@ class Backend(ABC):
     def topology(self) -> Topology:
         """How the devices of several ranks are joined."""
         return TOPOLOGIES["gloo"]
+
+    def put(self, array: np.ndarray) -> Tensor:
+        """These values on its device; on the CPU the tensor may share memory with the array."""
+        return torch.from_numpy(array)
 
     @abstractmethod
     def emit(self, graph: IRGraph, name: str) -> Program:

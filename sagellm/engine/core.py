@@ -41,7 +41,12 @@ class EngineCore(Planner):
         compiled, ranks = self.rank_program(), config.tensor_parallel
         self.ranks = Ranks(self) if ranks > 1 else None
         self.weights: SimpleNamespace = load_weights(
-            compiled.program, Checkpoint(self.folder), self.expected, progress, ranks=ranks
+            compiled.program,
+            Checkpoint(self.folder),
+            self.expected,
+            progress,
+            ranks=ranks,
+            device=self.backend.capability.device,
         )
         self.cache: KVCache = self.backend.make_cache(self.rank_schema, len(self.kv.pool.references))
         if self.ranks is not None:

@@ -22,8 +22,12 @@ def load_weights(
     *,
     rank: int = 0,
     ranks: int = 1,
+    device: str = "cpu",
 ) -> SimpleNamespace:
-    """Run the emitted weights program over a checkpoint whose tensors have been checked; see `weights.tensor`."""
+    """Run the emitted weights program over a checkpoint whose tensors have been checked; see `weights.tensor`.
+
+    Each tensor goes to the device as it is read.
+    """
     checkpoint.check(expected)
     done = 0
 
@@ -33,10 +37,10 @@ def load_weights(
         if progress:
             progress("weights", done, len(expected))
         if once and rank:
-            return torch.zeros(expected[name], dtype=dtype)
+            return torch.zeros(expected[name], dtype=dtype, device=device)
         if parts > 1:
-            return checkpoint.read_part(name, dim, rank * parts // ranks, parts).to(dtype)
-        return checkpoint.read(name).to(dtype)
+            return checkpoint.read_part(name, dim, rank * parts // ranks, parts).to(device, dtype)
+        return checkpoint.read(name).to(device, dtype)
 
     with torch.inference_mode():
         return program["load"](read)

@@ -216,6 +216,7 @@ class _Rank:
             planner.expected,
             rank=rank,
             ranks=config.tensor_parallel,
+            device=planner.backend.capability.device,
         )
         self.cache = planner.backend.make_cache(planner.rank_schema, blocks)
         self._block = self.cache.read(np.zeros(1, np.int64))[0]

@@ -141,7 +141,9 @@ def replay(path: Path, target: str | None = None, model: str | None = None) -> R
     if functions.ranks > 1:
         raise UserError(f"{path.name} is for {functions.ranks} ranks; accepted: a step of one rank")
     program = backend.emit(functions, f"replay of {path.name}")
-    weights = load_weights(program, Checkpoint(folder), expected_tensors(functions))
+    weights = load_weights(
+        program, Checkpoint(folder), expected_tensors(functions), device=backend.capability.device
+    )
     columns, batch = _columns(tensors, int(meta["block_size"]))
     schema = KVCacheSchema(
         dtype=meta["dtype"],

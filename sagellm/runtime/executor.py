@@ -210,17 +210,18 @@ class Executor:
             "frequency",
             "prompt",
         )
-        how = {name: torch.from_numpy(getattr(c, name)[rows]) for name in columns}
+        put = self.backend.put
+        how = {name: put(getattr(c, name)[rows]) for name in columns}
         longest = int(lengths.max()) if len(rows) else 0
         known = c.tokens[rows, :longest].astype(np.int64) if trees is None else trees.known(c)
         uniform = random.uniform(c.seed[rows], lengths.astype(np.int64), c.sample[rows])
         if c.stages[rows].max() >= Stage.BIAS:
             some = biases(c, rows, lengths)
-            how |= dict(zip(("bias_rows", "bias_tokens", "bias"), map(torch.from_numpy, some)))
+            how |= dict(zip(("bias_rows", "bias_tokens", "bias"), map(put, some)))
         return SimpleNamespace(
-            tokens=torch.from_numpy(known),
-            length=torch.from_numpy(lengths),
-            uniform=torch.from_numpy(uniform),
+            tokens=put(known),
+            length=put(lengths),
+            uniform=put(uniform),
             greedy=how["temperature"] == 0,
             **how,
         )
@@ -238,11 +239,11 @@ class Executor:
         count = len(logits) - len(self._prompts[0])
         chosen = logits[:count]
         tokens = self._timed(self.functions(sampler, stages), chosen, how)
-        return Chosen(tokens.numpy(), chosen, logits[count:])
+        return Chosen(tokens.cpu().numpy(), chosen, logits[count:])
 
     def verify(self, chosen: Chosen, group: GroupRef) -> Chosen:
         nodes = group.trees.accepted(self.columns, chosen.tokens)
-        logits = chosen.logits[torch.from_numpy(nodes)]
+        logits = chosen.logits[self.backend.put(nodes)]
         return evolve(chosen, tokens=chosen.tokens[nodes], logits=logits, nodes=nodes)
 
     def move_accepted(self, chosen: Chosen, group: GroupRef) -> None:

@@ -37,6 +37,8 @@ def of_prompts(outcome: StepOutcome, columns: Columns) -> dict[int, list[tuple[i
 
 def _logprobs(logits: torch.Tensor, tokens: np.ndarray, counts: np.ndarray) -> list[tuple[float, Top]]:
     most = min(int(counts.max()), logits.shape[1])
-    chosen, ids, values = sampling.logprobs(logits, torch.from_numpy(tokens.astype(np.int64)), most)
+    chosen, ids, values = sampling.logprobs(
+        logits, torch.from_numpy(tokens.astype(np.int64)).to(logits.device), most
+    )
     columns = zip(chosen.tolist(), ids.tolist(), values.tolist(), counts.tolist())
     return [(one, tuple(zip(i[:count], v[:count]))) for one, i, v, count in columns]

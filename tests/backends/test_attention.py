@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples
 
-from sagellm.backends.cpu import kernels, native
-from sagellm.backends.cpu.columns import CpuRows
+from sagellm.backends.aten import kernels
+from sagellm.backends.aten.columns import AtenRows
+from sagellm.backends.cpu import native
 
 LACKING = native.unavailable()
 KERNELS = [kernels, pytest.param(native, marks=pytest.mark.skipif(LACKING is not None, reason=str(LACKING)))]
@@ -56,7 +57,7 @@ def inputs(step, dtype):
     made = torch.Generator().manual_seed(seed)
     kv = torch.randn(2, 400, block_size, heads, head_dim, generator=made).to(dtype)
     q = torch.randn(len(rows.decode_lengths), heads * group * head_dim, generator=made).to(dtype)
-    return q, (kv[0], kv[1]), CpuRows(rows, block_size), head_dim**-0.5
+    return q, (kv[0], kv[1]), AtenRows(rows, block_size), head_dim**-0.5
 
 
 def meaning(step, q, kv, scale, window=None):

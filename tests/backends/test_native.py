@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagellm.backends.cpu import kernels, native
+from sagellm.backends.aten import kernels
+from sagellm.backends.cpu import native, packing
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
@@ -80,7 +81,7 @@ def test_without_a_compiler_the_emitted_code_is_stock_torch(monkeypatch):
         "nn.func @f(%x: tensor<?x8xf32>) -> tensor<?x4xf32> {\n"
         "  %m = nn.silu_mul %x : tensor<?x4xf32>\n  nn.return %m\n}"
     )
-    assert "m = cpu.silu_mul(x)" in backends.load("cpu").emit(IRGraph.parse(text), "f").source
+    assert "m = aten.silu_mul(x)" in backends.load("cpu").emit(IRGraph.parse(text), "f").source
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,7 +91,7 @@ def test_one_row_times_a_packed_matrix(dtype, shape, biased):
     """Shapes that native.c cannot read (outputs no multiple of 64, an odd input, small ones) go through oneDNN."""
     w, x = random(1, dtype, *shape), random(2, dtype, 1, shape[1])
     bias = random(3, dtype, shape[0]) if biased else None
-    if not kernels.packs(dtype):
+    if not packing.packs(dtype):
         pytest.skip(f"this processor has no packed product in {dtype}")
     packed = native.pack_onednn(w)
     if shape[0] % 64 or shape[1] % 2:
@@ -113,7 +114,7 @@ def test_a_product_with_a_matrix_in_panels(dtype, rows, n, k, biased):
     exact = torch.nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
     packed = native.pack_panels(w)
     roundings = DTYPES[dtype] * float((x.double().abs() @ w.double().abs().T).max())
-    for module in (native, kernels):
+    for module in (native, packing):
         ours = module.linear_panels(x, packed, bias)
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.double(), exact, rtol=DTYPES[dtype], atol=roundings)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from sagellm.backends.aten.cache import DeviceCache
+from sagellm.backends.aten.columns import AtenRows
 from sagellm.backends.base import Backend
 from sagellm.backends.cpu import native
 from sagellm.backends.cpu.codegen import HEADER, KERNELS, LOADS, NATIVE_DTYPES
-from sagellm.backends.cpu.columns import CpuRows
-from sagellm.backends.cpu.kernels import CpuCache, packs
+from sagellm.backends.cpu.packing import packs
 from sagellm.backends.emit import emit_program
 from sagellm.backends.plan import Program
 from sagellm.ir.graph import IRGraph
@@ -61,8 +62,8 @@ class CpuBackend(Backend):
     def emit(self, graph: IRGraph, name: str) -> Program:
         return emit_program(graph, KERNELS, LOADS, HEADER.format(name=name), name)
 
-    def make_cache(self, schema: KVCacheSchema, blocks: int) -> CpuCache:
-        return CpuCache(schema, blocks)
+    def make_cache(self, schema: KVCacheSchema, blocks: int) -> DeviceCache:
+        return DeviceCache(schema, blocks)
 
-    def upload(self, rows: Rows, block_size: int) -> CpuRows:
-        return CpuRows(rows, block_size)
+    def upload(self, rows: Rows, block_size: int) -> AtenRows:
+        return AtenRows(rows, block_size)

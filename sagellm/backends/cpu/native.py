@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sagellm.backends.cpu import kernels
-from sagellm.backends.cpu.columns import CpuRows, Parts
-from sagellm.backends.cpu.kernels import Packed
+from sagellm.backends.aten.columns import AtenRows, Parts
+from sagellm.backends.cpu import packing
+from sagellm.backends.cpu.packing import Packed
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "linear.c", "attention.c"))
 HEADER = SOURCES[0].with_suffix(".h")
@@ -194,7 +194,7 @@ def rope_kv_write(
     k: Tensor,
     v: Tensor,
     angles: Tensor,
-    rows: CpuRows,
+    rows: AtenRows,
     head_dim: int,
     norms: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
@@ -218,13 +218,13 @@ def pack_onednn(weight: Tensor) -> Packed:
 
     oneDNN chooses blocks of 64 outputs for most matrices, and others for small ones.
     """
-    packed = kernels.pack_onednn(weight)
+    packed = packing.pack_onednn(weight)
     outputs, inputs = weight.shape
     if outputs % 64 or inputs % 2:
         return packed
     x = torch.linspace(-1, 1, inputs, dtype=weight.dtype)[None]
     packed.address = torch.ops.mkldnn.data_ptr(packed.tensor)
-    ours, theirs = linear_onednn(x, packed, None).float(), kernels.linear_onednn(x, packed, None).float()
+    ours, theirs = linear_onednn(x, packed, None).float(), packing.linear_onednn(x, packed, None).float()
     if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())):
         packed.address = None
     return packed
@@ -233,7 +233,7 @@ def pack_onednn(weight: Tensor) -> Packed:
 def linear_onednn(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """One row [1, in] by a pass over the weights at the memory's speed; more rows by oneDNN."""
     if x.shape[0] != 1 or weight.address is None:
-        return kernels.linear_onednn(x, weight, bias)
+        return packing.linear_onednn(x, weight, bias)
     y = torch.empty((1, weight.outputs), dtype=x.dtype)
     at = None if bias is None else bias.data_ptr()
     _function("gemv", x.dtype)(x.data_ptr(), weight.address, at, y.data_ptr(), weight.outputs, x.shape[1])
@@ -241,18 +241,18 @@ def linear_onednn(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
 
 
 def decode_attention(
-    q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float, window: int | None = None
+    q: Tensor, kv: tuple[Tensor, Tensor], rows: AtenRows, scale: float, window: int | None = None
 ) -> Tensor:
     """One query a sequence, [D, H * head size], over the blocks where they lie."""
     return _attend(q, kv, rows, rows.parts(window), scale)
 
 
-def cascade_attention(q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float) -> Tensor:
+def cascade_attention(q: Tensor, kv: tuple[Tensor, Tensor], rows: AtenRows, scale: float) -> Tensor:
     """As `decode_attention`; what a cohort shares is read once for all of its rows."""
     return _attend(q, kv, rows, rows.cascade_parts(), scale)
 
 
-def _attend(q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, parts: Parts, scale: float) -> Tensor:
+def _attend(q: Tensor, kv: tuple[Tensor, Tensor], rows: AtenRows, parts: Parts, scale: float) -> Tensor:
     keys, values = kv
     _, block_size, kv_heads, head_dim = keys.shape
     heads, count = q.shape[1] // head_dim, rows.decode_count
@@ -272,7 +272,7 @@ def _attend(q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, parts: Parts, s
 
 
 def pack_panels(weight: Tensor) -> Packed:
-    return kernels.pack_panels(weight)
+    return packing.pack_panels(weight)
 
 
 def linear_panels(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:

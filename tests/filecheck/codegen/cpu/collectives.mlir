@@ -10,11 +10,11 @@
 // CHECK-NEXT:         x_2 = layers(w, comm, x_2)
 // CHECK-NEXT:     return x_2
 // CHECK: def embed(w, comm, rows):
-// CHECK-NEXT:     x = cpu.embedding_part(rows.tokens, w.embed_tokens, comm.rank)
+// CHECK-NEXT:     x = aten.embedding_part(rows.tokens, w.embed_tokens, comm.rank)
 // CHECK-NEXT:     sum = comm.all_reduce(x)
 // CHECK: def layers(w, comm, x):
 // CHECK-NEXT:     y = F.linear(x, w.proj, w.bias)
-// CHECK-NEXT:     a, b = cpu.split_rows(y)
+// CHECK-NEXT:     a, b = aten.split_rows(y)
 // CHECK-NEXT:     pending = comm.start("all_reduce", a)
 // CHECK-NEXT:     part = comm.reduce_scatter(b, dim=1)
 // CHECK-NEXT:     mine = comm.all_to_all(part, dim=1)

@@ -4,15 +4,15 @@
 
 // CHECK: def embed(w, rows):
 // CHECK-NEXT: x = F.embedding(rows.tokens, w.embed_tokens)
-// CHECK-NEXT: h = {{cpu|native}}.rms_norm(x, w.first_norm, 1.0e-06)
+// CHECK-NEXT: h = {{aten|native}}.rms_norm(x, w.first_norm, 1.0e-06)
 // CHECK: def head(w, h, rows):
 // CHECK-NEXT: last = h.index_select(0, rows.outputs)
-// CHECK-NEXT: lm_head = {{cpu|native}}.linear_{{onednn|panels}}(last, w.lm_head, None)
+// CHECK-NEXT: lm_head = {{native|packing}}.linear_{{onednn|panels}}(last, w.lm_head, None)
 // CHECK: def load_embed(read, layer, last):
 // CHECK: w.embed_tokens = embed_tokens
 // CHECK: def load_head(read, layer, last):
 // CHECK: lm_head = read("model.embed_tokens.weight", torch.float32)
-// CHECK-NEXT: lm_head_2 = {{cpu|native}}.pack_{{onednn|panels}}(lm_head)
+// CHECK-NEXT: lm_head_2 = {{native|packing}}.pack_{{onednn|panels}}(lm_head)
 // CHECK-NEXT: w.lm_head = lm_head_2
 // CHECK: def load(read):
 // CHECK: weights.embed = load_embed(read, 0, True)

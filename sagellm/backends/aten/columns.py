@@ -1,6 +1,8 @@
-"""A step's columns as the CPU's kernels read them: tensors that share memory with the numpy arrays they come from."""
+"""A step's columns as kernels read them, on the device. On the CPU, tensors share memory with the numpy arrays."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,30 +24,32 @@ class Parts:
     """[D] for the row's own part, which is the member of its number, the member it is joined with, or -1."""
 
 
-class CpuRows:
-    def __init__(self, rows: Rows, block_size: int):
-        self.tokens = torch.from_numpy(rows.tokens)
-        self.positions = torch.from_numpy(rows.positions)
-        self.lengths = torch.from_numpy(rows.lengths)
-        self.slots = torch.from_numpy(rows.slots)
-        self.kv_source = None if rows.kv_source is None else torch.from_numpy(rows.kv_source)
-        self.outputs = torch.from_numpy(rows.outputs)
+class AtenRows:
+    def __init__(self, rows: Rows, block_size: int, device: str = "cpu"):
+        self._put = put = torch.from_numpy if device == "cpu" else _putter(device)
+        self.device = device
+        self.tokens = put(rows.tokens)
+        self.positions = put(rows.positions)
+        self.lengths = put(rows.lengths)
+        self.slots = put(rows.slots)
+        self.kv_source = None if rows.kv_source is None else put(rows.kv_source)
+        self.outputs = put(rows.outputs)
         self.decode_count = len(rows.decode_lengths)
-        self.decode_blocks = torch.from_numpy(np.ascontiguousarray(rows.decode_blocks))
+        self.decode_blocks = put(np.ascontiguousarray(rows.decode_blocks))
         self._rows, self._block_size = rows, block_size
         self.longest = int(rows.decode_lengths.max()) if self.decode_count else 0
         self.prefills = []
         offsets = rows.prefill_offsets.tolist()
         for i, length in enumerate(rows.prefill_lengths.tolist() if rows.trees is None else ()):
             first, end = offsets[i], offsets[i + 1]
-            blocks = torch.from_numpy(rows.prefill_blocks[i, : -(-length // block_size)])
+            blocks = put(rows.prefill_blocks[i, : -(-length // block_size)])
             self.prefills.append((first, end, length, blocks, end - first == length))
         self._made: dict = {}
         if rows.trees is not None:
-            self.tree_nodes = torch.from_numpy(rows.trees.nodes)
-            self.tree_blocks = torch.from_numpy(rows.prefill_blocks.reshape(-1))
+            self.tree_nodes = put(rows.trees.nodes)
+            self.tree_blocks = put(rows.prefill_blocks.reshape(-1))
             within = np.arange(rows.trees.nodes.shape[1]) < rows.trees.counts[:, None]
-            self.tree_places = torch.from_numpy(np.flatnonzero(within))
+            self.tree_places = put(np.flatnonzero(within))
 
     def _once(self, key, make):
         """What several layers want is made once a step."""
@@ -58,8 +62,8 @@ class CpuRows:
         return self._once(("mask", window), lambda: self._decode_mask(window, dtype))
 
     def _decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        at = torch.arange(self.decode_blocks.shape[1] * self._block_size)
-        lengths = torch.from_numpy(self._rows.decode_lengths).view(-1, 1)
+        at = torch.arange(self.decode_blocks.shape[1] * self._block_size, device=self.device)
+        lengths = self._put(self._rows.decode_lengths).view(-1, 1)
         hidden = at >= lengths
         if window is not None:
             hidden |= at < lengths - window
@@ -82,8 +86,8 @@ class CpuRows:
         np.put_along_axis(key_at, cells, at, 1)
         if window is not None:
             visible &= key_at[:, None] > at[:, :, None] - window
-        hidden = torch.from_numpy(~visible[:, None, :, :width])
-        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+        hidden = self._put(~visible[:, None, :, :width])
+        return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, float("-inf"))
 
     def parts(self, window: int | None) -> Parts:
         """A part for each decode row."""
@@ -93,7 +97,7 @@ class CpuRows:
         count, lengths = self.decode_count, self._rows.decode_lengths
         first = np.zeros_like(lengths) if window is None else np.maximum(0, lengths - window)
         table = np.stack([np.arange(count), np.ones(count), np.arange(count), first, lengths], 1)
-        return Parts(torch.arange(count), torch.from_numpy(table.astype(np.int64)), None)
+        return Parts(torch.arange(count), self._put(table.astype(np.int64)), None)
 
     def cascade_parts(self) -> Parts:
         """A part for each decode row behind what its cohort shares, and one for each cohort."""
@@ -110,9 +114,9 @@ class CpuRows:
         other = np.full(count, -1)
         other[r.cohort_rows] = count + np.arange(len(r.cohort_rows))
         return Parts(
-            torch.from_numpy(np.concatenate([np.arange(count), r.cohort_rows])),
-            torch.from_numpy(np.concatenate([common, own]).astype(np.int64)),
-            torch.from_numpy(other),
+            self._put(np.concatenate([np.arange(count), r.cohort_rows])),
+            self._put(np.concatenate([common, own]).astype(np.int64)),
+            self._put(other),
         )
 
     def _own_starts(self) -> np.ndarray:
@@ -129,7 +133,7 @@ class CpuRows:
     def _cohorts(self) -> list[tuple[Tensor, Tensor]]:
         r, found = self._rows, []
         for first, end, common in zip(r.cohort_offsets[:-1], r.cohort_offsets[1:], r.cohort_common):
-            rows = torch.from_numpy(r.cohort_rows[first:end])
+            rows = self._put(r.cohort_rows[first:end])
             found.append((rows, self.decode_blocks[rows[0], : common // self._block_size]))
         return found
 
@@ -139,14 +143,20 @@ class CpuRows:
 
     def _own_blocks(self) -> tuple[Tensor, Tensor]:
         starts = self._own_starts()
-        lengths = torch.from_numpy(self._rows.decode_lengths - starts).view(-1, 1)
+        lengths = self._put(self._rows.decode_lengths - starts).view(-1, 1)
         width = -(-int(lengths.max()) // self._block_size)
-        at = torch.from_numpy(starts // self._block_size).view(-1, 1) + torch.arange(width)
+        at = self._put(starts // self._block_size).view(-1, 1) + torch.arange(width, device=self.device)
         last = self.decode_blocks.shape[1] - 1
         blocks = self.decode_blocks.gather(1, at.clamp(max=last)).masked_fill_(at > last, 0)
-        return blocks.view(-1), _hiding(torch.arange(width * self._block_size) >= lengths, torch.float32)
+        at = torch.arange(width * self._block_size, device=self.device)
+        return blocks.view(-1), _hiding(at >= lengths, torch.float32)
+
+
+def _putter(device: str) -> Callable[[np.ndarray], Tensor]:
+    return lambda array: torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """[D, width] to [D, 1, 1, width]: -inf where hidden, else 0."""
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
+    zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return zeros.masked_fill_(hidden, float("-inf"))[:, None, None]

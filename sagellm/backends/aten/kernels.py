@@ -1,4 +1,6 @@
-"""The CPU's kernels in stock torch. T tokens, H heads, G query heads a KV head, D head size, L cached tokens.
+"""Kernels in stock torch, for any device that torch drives.
+
+T tokens, H heads, G query heads a KV head, D head size, L cached tokens.
 
 KV cache of a layer: (keys, values), each [blocks, block size, KV heads, D]. Numbers that led here are in
 docs/performance.md.
@@ -7,18 +9,12 @@ docs/performance.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, pad, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
-from sagellm.backends.cpu.columns import CpuRows
-from sagellm.backends.cpu.memory import bound_primitive_caches, huge_pages
-from sagellm.config import KVCacheSchema
-
-bound_primitive_caches()
+from sagellm.backends.aten.columns import AtenRows
 
 
 def embedding_part(tokens: Tensor, table: Tensor, rank: int) -> Tensor:
@@ -83,7 +79,7 @@ def rope_kv_write(
     k: Tensor,
     v: Tensor,
     angles: Tensor,
-    rows: CpuRows,
+    rows: AtenRows,
     head_dim: int,
     norms: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
@@ -96,7 +92,7 @@ def rope_kv_write(
 
 
 def decode_attention(
-    q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float, window: int | None = None
+    q: Tensor, kv: tuple[Tensor, Tensor], rows: AtenRows, scale: float, window: int | None = None
 ) -> Tensor:
     """One query a sequence, [D, H * head size]: the query heads of a KV head are rows of one product."""
     keys, values = kv
@@ -114,7 +110,7 @@ def decode_attention(
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(count, -1)
 
 
-def cascade_attention(q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float) -> Tensor:
+def cascade_attention(q: Tensor, kv: tuple[Tensor, Tensor], rows: AtenRows, scale: float) -> Tensor:
     """As `decode_attention`; what a cohort shares is one product for all of its rows (Juravsky et al. 2024)."""
     keys, values = kv
     kv_heads, head_dim = keys.shape[2], keys.shape[3]
@@ -149,7 +145,7 @@ def _softmax_part(
 
 
 def prefill_attention(
-    q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, scale: float, window: int | None = None
+    q: Tensor, kv: tuple[Tensor, Tensor], rows: AtenRows, scale: float, window: int | None = None
 ) -> Tensor:
     """Many queries a sequence, [T, H * D], one product per sequence over its own blocks."""
     keys, values = kv
@@ -164,7 +160,7 @@ def prefill_attention(
         k = k.unsqueeze(1).expand(-1, group, -1, -1)
         v = v.unsqueeze(1).expand(-1, group, -1, -1)
         whole = causal and (window is None or window >= length)
-        mask = None if whole else _window_mask(end - first, length, window)
+        mask = None if whole else _window_mask(end - first, length, window, q.device)
         done = scaled_dot_product_attention(some, k, v, attn_mask=mask, is_causal=whole, scale=scale)
         out[first - base : end - base] = done.permute(2, 0, 1, 3).reshape(end - first, -1)
     return out
@@ -174,7 +170,7 @@ def mixed_attention(
     decoding: Callable,
     q: Tensor,
     kv: tuple[Tensor, Tensor],
-    rows: CpuRows,
+    rows: AtenRows,
     scale: float,
     window: int | None = None,
 ) -> Tensor:
@@ -205,87 +201,9 @@ def tree_attention(
     return done if count == 0 else torch.cat([decode_attention(q[:count], kv, rows, scale, window), done])
 
 
-def _window_mask(queries: int, length: int, window: int | None) -> Tensor:
+def _window_mask(queries: int, length: int, window: int | None, device: torch.device) -> Tensor:
     """[queries, length], true where the key is visible: the last query sees the last key."""
-    at = torch.arange(length - queries, length)[:, None]
-    key = torch.arange(length)[None]
+    at = torch.arange(length - queries, length, device=device)[:, None]
+    key = torch.arange(length, device=device)[None]
     visible = key <= at
     return visible if window is None else visible & (key > at - window)
-
-
-class Packed:
-    """A matrix [outputs, inputs] in a layout of oneDNN's or in panels; where its bytes are if others may read them."""
-
-    __slots__ = ("address", "outputs", "tensor")
-
-    def __init__(self, tensor: Tensor, outputs: int):
-        self.tensor, self.outputs = tensor, outputs
-        self.address: int | None = None
-
-
-@cache
-def packs(dtype: torch.dtype) -> bool:
-    """Whether this torch and this processor have oneDNN's packed product for the type (bfloat16 wants AVX-512)."""
-    try:
-        weight = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), 16)
-        torch.ops.mkldnn._linear_pointwise(torch.zeros(1, 16, dtype=dtype), weight, None, "none", [], "")
-    except (RuntimeError, AttributeError):
-        return False
-    return True
-
-
-def pack_onednn(weight: Tensor) -> Packed:
-    """[out, in] reordered for oneDNN's matrix product, on huge pages.
-
-    Packed for 16 rows: as fast as any other at 1 to 16 rows, and twice as fast in float32 at one.
-    """
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
-    huge_pages(torch.ops.mkldnn.data_ptr(packed), weight.nbytes)
-    return Packed(packed, weight.shape[0])
-
-
-def linear_onednn(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight.tensor, bias, "none", [], "")
-
-
-PANEL = 16
-"""Outputs that stand side by side in a matrix in panels."""
-
-
-def pack_panels(weight: Tensor) -> Packed:
-    """[out, in] as [panels, in, 16], on huge pages; the last panel is filled up with zeros."""
-    outputs, inputs = weight.shape
-    whole = pad(weight, (0, 0, 0, -outputs % PANEL))
-    packed = whole.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
-    huge_pages(packed.data_ptr(), packed.nbytes)
-    return Packed(packed, outputs)
-
-
-def linear_panels(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-    return linear(x, weight.tensor.transpose(1, 2).flatten(0, 1)[: weight.outputs], bias)
-
-
-class CpuCache(list):
-    """(keys, values) of each layer, as views of one tensor."""
-
-    def __init__(self, schema: KVCacheSchema, blocks: int):
-        shape = (schema.num_layers, 2, blocks, schema.block_size, schema.num_kv_heads, schema.head_dim)
-        self._all = torch.zeros(shape, dtype=getattr(torch, schema.dtype))
-        super().__init__((layer[0], layer[1]) for layer in self._all)
-
-    def clear(self, blocks: np.ndarray) -> None:
-        """Decoding reads whole blocks, and a stale NaN would survive its mask."""
-        self._all[:, :, torch.from_numpy(blocks)] = 0
-
-    def read(self, blocks: np.ndarray) -> Tensor:
-        return self._all[:, :, torch.from_numpy(blocks)].permute(2, 0, 1, 3, 4, 5).contiguous()
-
-    def write(self, blocks: np.ndarray, values: Tensor) -> None:
-        self._all[:, :, torch.from_numpy(blocks)] = values.permute(1, 2, 0, 3, 4, 5)
-
-    def copy(self, blocks: np.ndarray, copies: np.ndarray) -> None:
-        self._all[:, :, torch.from_numpy(copies)] = self._all[:, :, torch.from_numpy(blocks)]
-
-    def move(self, slots: np.ndarray, places: np.ndarray) -> None:
-        tokens = self._all.flatten(2, 3)
-        tokens[:, :, torch.from_numpy(places)] = tokens[:, :, torch.from_numpy(slots)]

@@ -1,0 +1,146 @@
+"""Kernels in stock torch: which call each operation becomes. A vendor's table starts from this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from xdsl.ir import Operation
+
+from sagellm.backends.emit import COLLECTIVES, Emitter, Line, literal, read_tensor, torch_dtype
+from sagellm.ir.attrs import last_dim
+
+IMPORTS = """\
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from sagellm.backends import sampling
+from sagellm.backends.aten import kernels as aten
+from sagellm.models.rope import RopeConfig, cos_sin_table, dynamic_cos_sin"""
+
+Module = Callable[[Operation], str]
+"""The module whose kernel an operation calls, by its name in the emitted text."""
+
+
+def linear(e: Emitter, op: Operation) -> str:
+    x, weight, bias = e.name(op.operands[0]), e.weight(op), e.weight(op, "bias")
+    return f"F.linear({x}, {weight}{'' if bias == 'None' else ', ' + bias})"
+
+
+def _embedding(e: Emitter, op: Operation) -> str:
+    rows, table = e.name(op.operands[0]), e.weight(op)
+    if e.value(op, "group") is None:
+        return f"F.embedding({rows}.tokens, {table})"
+    return f"aten.embedding_part({rows}.tokens, {table}, comm.rank)"
+
+
+def _split(e: Emitter, op: Operation) -> str:
+    sizes = [size.value.data for size in op.properties["sizes"].data]
+    return f"{e.name(op.operands[0])}.split({sizes}, -1)"
+
+
+def _rope_dynamic(e: Emitter, op: Operation) -> str:
+    rope = (
+        f'RopeConfig(kind="dynamic", rotary_dim={last_dim(op.results[0].type)}, '
+        f"theta={literal(e.value(op, 'theta'))}, factor={literal(e.value(op, 'factor'))}, "
+        f"original_max_positions={e.value(op, 'original')})"
+    )
+    rows = e.name(op.operands[0])
+    return f"dynamic_cos_sin({rope}, {rows}.positions, {rows}.lengths)"
+
+
+def _rope_table(e: Emitter, op: Operation) -> str:
+    given = {name: attr.value.data for name, attr in op.properties["parameters"].data.items()}
+    arguments = ", ".join(f"{name}={literal(value)}" for name, value in given.items())
+    rows = op.results[0].type.get_shape()[0]
+    return f'cos_sin_table(RopeConfig(kind="{e.value(op, "kind")}", {arguments}), {rows})'
+
+
+def template(text: str, module: Module = lambda op: "aten") -> Line:
+    """Text over the operands' names `{0}`, `{1}`, the weight `{w}` and the module of fused kernels `{m}`."""
+
+    def line(e: Emitter, op: Operation) -> str:
+        return text.format(*map(e.name, op.operands), w=e.weight(op), m=module(op) if "{m}" in text else "")
+
+    return line
+
+
+def table(module: Module) -> dict[str, Line]:
+    """The kernel table; kernels that others than stock torch may have are taken from the module given."""
+
+    def rms_norm(e: Emitter, op: Operation) -> str:
+        kernel = "rms_norm" if e.value(op, "heads") is None else "head_norm"
+        return (
+            f"{module(op)}.{kernel}({e.name(op.operands[0])}, {e.weight(op)}, {literal(e.value(op, 'eps'))})"
+        )
+
+    def add_rms_norm(e: Emitter, op: Operation) -> str:
+        eps = literal(e.value(op, "eps"))
+        return f"{module(op)}.add_rms_norm({e.names_of(op.operands)}, {e.weight(op)}, {eps})"
+
+    def attention(e: Emitter, op: Operation) -> str:
+        q, rows = op.operands
+        words, window = rows.type.data, e.value(op, "window")
+        arguments = f"{e.name(q)}, kv, {e.name(rows)}, {literal(e.value(op, 'scale'))}"
+        if window is not None:
+            arguments += f", window={window}"
+        if "tree" in words:
+            return f"aten.tree_attention({arguments})"
+        if "decode" not in words:
+            return f"aten.prefill_attention({arguments})"
+        # Behind a window rows see different parts of what they share.
+        cascade = "cascade" in words and window is None
+        kernel = f"{module(op)}.{'cascade' if cascade else 'decode'}_attention"
+        return (
+            f"aten.mixed_attention({kernel}, {arguments})" if "prefill" in words else f"{kernel}({arguments})"
+        )
+
+    def rope_kv_write(e: Emitter, op: Operation) -> str:
+        norms = ""
+        if "eps" in op.properties:
+            norms = f", ({e.weight(op, 'q_norm')}, {e.weight(op, 'k_norm')}, {literal(e.value(op, 'eps'))})"
+        arguments = f"{e.names_of(op.operands)}, {e.value(op, 'head_dim')}{norms}"
+        return f"{module(op)}.rope_kv_write(kv, {arguments})"
+
+    def call(text: str) -> Line:
+        return template(text, module)
+
+    return {
+        "nn.embedding": _embedding,
+        "nn.linear": linear,
+        "nn.split": _split,
+        "nn.split_rows": call("aten.split_rows({0})"),
+        "nn.join_rows": call("torch.cat([{0}, {1}])"),
+        "nn.rms_norm": rms_norm,
+        "nn.add": call("{0} + {1}"),
+        "nn.add_rms_norm": add_rms_norm,
+        "nn.silu": call("F.silu({0})"),
+        "nn.mul": call("{0} * {1}"),
+        "nn.silu_mul": call("{m}.silu_mul({0})"),
+        "nn.cast": lambda e, op: f"{e.name(op.operands[0])}.to({torch_dtype(op.results[0].type)})",
+        "nn.rope_gather": call("{w}.index_select(0, {0}.positions)"),
+        "nn.rope_dynamic": _rope_dynamic,
+        "nn.rope": lambda e, op: f"{module(op)}.rope({e.names_of(op.operands)}, {e.value(op, 'head_dim')})",
+        "nn.kv_write": call("{m}.kv_write(kv, {0}, {1}, {2})"),
+        "nn.rope_kv_write": rope_kv_write,
+        "nn.attention": attention,
+        "nn.select_outputs": call("{0}.index_select(0, {1}.outputs)"),
+        "nn.argmax": call("{0}.argmax(-1)"),
+        "nn.bias": call("sampling.bias({0}, {1}.bias_rows, {1}.bias_tokens, {1}.bias)"),
+        "nn.penalize": call(
+            "sampling.penalize({0}, {1}.tokens, {1}.prompt, {1}.length, {1}.repetition, {1}.presence, {1}.frequency)"
+        ),
+        "nn.temperature": call("sampling.temperature_scale({0}, {1}.temperature)"),
+        "nn.top_k": call("sampling.top_k({0}, {1}.top_k)"),
+        "nn.top_p": call("sampling.top_p({0}, {1}.top_p)"),
+        "nn.min_p": call("sampling.min_p({0}, {1}.min_p)"),
+        "nn.draw": call("sampling.draw({0}, {1}.uniform, {1}.greedy)"),
+    } | COLLECTIVES
+
+
+LOADS: dict[str, Line] = {
+    "weights.tensor": lambda e, op: read_tensor(op),
+    "weights.concat": lambda e, op: f"torch.cat([{e.names_of(op.operands)}])",
+    "weights.rope_table": _rope_table,
+}
