@@ -50,8 +50,8 @@ class EngineConfig:
     """Ranks, each a process, that the model is divided among."""
     topology: str = field(default=AUTO, validator=checks.one_of((AUTO, *TOPOLOGIES)))
     """How the ranks' devices are joined, for predictions; auto is as the backend has it."""
-    block_size: int = field(default=16, validator=checks.whole())
-    """Tokens per KV block."""
+    block_size: int | None = field(default=None, validator=optional(checks.whole()))
+    """Tokens per KV block; None takes what the backend prefers."""
     max_sequences: int = field(default=64, validator=checks.whole())
     """Sequences that run at the same time."""
     max_batched_tokens: int = field(default=2048, validator=checks.whole())

@@ -30,7 +30,7 @@ LAYERS = [
     {"backends"},
     {"compiler", "runtime", "meaning"},
     {"engine"},
-    {"bench", "server"},
+    {"bench", "conformance", "server"},
     {"cli", "testing", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

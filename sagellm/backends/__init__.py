@@ -7,14 +7,18 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from sagellm.errors import unknown
+from sagellm.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from sagellm.backends.base import Backend
 
 ENTRY_POINTS = "sagellm.codegen"
 
-BACKENDS = {"cpu": "sagellm.backends.cpu:CpuBackend", "null": "sagellm.backends.null:NullBackend"}
+BACKENDS = {
+    "ascend": "sagellm.backends.ascend:AscendBackend",
+    "cpu": "sagellm.backends.cpu:CpuBackend",
+    "null": "sagellm.backends.null:NullBackend",
+}
 
 
 def names() -> list[str]:
@@ -34,13 +38,22 @@ def best() -> str:
 
 
 def load(name: str) -> Backend:
-    """The backend of this name, or the best for `auto`; made on each call."""
-    if name == "auto":
-        name = best()
-    if name in BACKENDS:
-        module, _, attribute = BACKENDS[name].partition(":")
-        return getattr(import_module(module), attribute)()
-    for entry in entry_points(group=ENTRY_POINTS):
-        if entry.name == name:
-            return entry.load()()
-    raise unknown("target", name, ("auto", *names()))
+    """The backend of this name, or the best for `auto`; made on each call. A chip may follow: `ascend:310P`."""
+    vendor, _, chip = (best() if name == "auto" else name).partition(":")
+    chips = (chip,) if chip else ()
+    if vendor in BACKENDS:
+        module, _, attribute = BACKENDS[vendor].partition(":")
+        make = getattr(import_module(module), attribute)
+    else:
+        entry = next((e for e in entry_points(group=ENTRY_POINTS) if e.name == vendor), None)
+        if entry is None:
+            raise unknown("target", name, ("auto", *names()))
+        make = entry.load()
+    try:
+        return make(*chips)
+    except TypeError:
+        if not chips:
+            raise
+        raise UserError(
+            f"target {name!r}: {vendor} has no chips to choose from; accepted: {vendor}"
+        ) from None

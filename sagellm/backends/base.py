@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sagellm.backends.comm import CommBackendProtocol, Gloo
+from sagellm.backends.contract import Contract
 from sagellm.backends.plan import Program
 from sagellm.ir.graph import IRGraph
 from sagellm.rows import Rows
@@ -68,6 +69,11 @@ class Backend(ABC):
     def put(self, array: np.ndarray) -> Tensor:
         """These values on its device; on the CPU the tensor may share memory with the array."""
         return torch.from_numpy(array)
+
+    @property
+    def contract(self) -> Contract | None:
+        """What the vendor's calls want and mean; None where the emitted code makes none."""
+        return None
 
     @abstractmethod
     def emit(self, graph: IRGraph, name: str) -> Program:

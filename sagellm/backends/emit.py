@@ -22,7 +22,12 @@ from sagellm.ir.edit import only_block, operations
 from sagellm.ir.graph import IRGraph
 
 Line = Callable[["Emitter", Operation], str]
-"""Gives the right-hand side of an assignment to the operation's results, or a whole statement without results."""
+"""Gives the right-hand side of an assignment to the operation's results; a whole statement where it has none, or as
+a `Statement`."""
+
+
+class Statement(str):
+    """Text that assigns the operation's results itself, as where a call gives more than these or in another order."""
 
 
 def identifier(name: str) -> str:
@@ -54,6 +59,14 @@ class Emitter:
     def names_of(self, values) -> str:
         return ", ".join(self.name(value) for value in values)
 
+    def rows(self, op: Operation) -> str:
+        """The rows' name in the function of an operation that does not take them itself."""
+        arguments = op.parent.args if op.parent is not None else ()
+        for argument in arguments:
+            if isinstance(argument.type, RowsType):
+                return self.name(argument)
+        raise UserError(f"{op.name} in a function without rows; accepted: one that takes them")
+
     def weight(self, op: Operation, key: str = "weight") -> str:
         attr = op.properties.get(key)
         return "None" if attr is None else f"w.{identifier(attr.root_reference.data)}"
@@ -76,7 +89,8 @@ class Emitter:
             raise UserError(f"no code for {op.name}; accepted: {', '.join(sorted(self.table))}")
         text = line(self, op)
         self.calls += 1
-        self.lines.append(f"{self.names_of(op.results)} = {text}" if op.results else text)
+        assigned = not op.results or isinstance(text, Statement)
+        self.lines.append(text if assigned else f"{self.names_of(op.results)} = {text}")
 
 
 def emit_program(

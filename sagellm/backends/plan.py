@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from types import CodeType
 from typing import Any
 
-from attrs import field, frozen
+from attrs import define, field, frozen
+
+from sagellm.errors import UserError
 
 
 @frozen
@@ -40,7 +42,7 @@ class ExecutionPlan:
         return "".join(f"{call}\n" for call in self.calls)
 
 
-@frozen
+@define
 class Program:
     """Emitted Python source with the functions it defines."""
 
@@ -49,12 +51,20 @@ class Program:
     calls: Mapping[str, int]
     """Emitted kernel calls per function; for a layer function, per layer."""
     _functions: dict[str, Callable] = field(factory=dict, init=False, eq=False, repr=False)
+    _code: CodeType = field(init=False, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         filename = f"<sagellm {self.name}>"
         linecache.cache[filename] = (len(self.source), None, self.source.splitlines(True), filename)
-        code: CodeType = compile(self.source, filename, "exec")
-        exec(code, self._functions)
+        self._code: CodeType = compile(self.source, filename, "exec")
 
     def __getitem__(self, function: str) -> Callable:
+        """One of its functions. The text is run on first use, as it imports what its vendor ships."""
+        if not self._functions:
+            try:
+                exec(self._code, self._functions)
+            except ImportError as error:
+                raise UserError(
+                    f"{self.name}: its code needs {error.name}, which is not installed here"
+                ) from error
         return self._functions[function]

@@ -24,6 +24,10 @@ COMMANDS = {
     "passes": ("sagellm.cli.passes:passes", "List the passes, when they decline, and their options."),
     "new-pass": ("sagellm.cli.new_pass:new_pass", "Write a package with a pass to begin from."),
     "devices": ("sagellm.cli.devices:devices", "Show the backends and what they can do on this machine."),
+    "verify-backend": (
+        "sagellm.cli.verify_backend:verify_backend",
+        "Check a vendor's backend without its chip.",
+    ),
     "opt": ("sagellm.cli.opt:opt", "Read a graph as text, run passes over it, print it."),
     "bench": ("sagellm.cli.bench:bench", "Measure latency, throughput, and serving under load."),
     "replay": ("sagellm.cli.replay:replay", "Run a recorded step again."),

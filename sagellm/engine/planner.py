@@ -53,7 +53,7 @@ class Planner:
         self.backend.capability.check_dtype(self.dtype)
         default = KVCacheSchema(
             dtype=self.dtype if config.kv_dtype == AUTO else config.kv_dtype,
-            block_size=config.block_size,
+            block_size=config.block_size or self.backend.capability.block_sizes[0],
             num_layers=self.model.num_layers,
             num_kv_heads=self.model.num_kv_heads,
             head_dim=self.model.head_dim,

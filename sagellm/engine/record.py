@@ -118,7 +118,7 @@ def _metadata(planner: Planner) -> dict[str, str]:
         "model": str(planner.folder.resolve()) if Path(known).is_dir() else known,
         "dtype": planner.dtype,
         "target": planner.backend.name,
-        "block_size": str(planner.config.block_size),
+        "block_size": str(planner.kv_schema.block_size),
     }
 
 

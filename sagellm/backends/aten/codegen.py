@@ -28,19 +28,19 @@ def linear(e: Emitter, op: Operation) -> str:
     return f"F.linear({x}, {weight}{'' if bias == 'None' else ', ' + bias})"
 
 
-def _embedding(e: Emitter, op: Operation) -> str:
+def embedding(e: Emitter, op: Operation) -> str:
     rows, table = e.name(op.operands[0]), e.weight(op)
     if e.value(op, "group") is None:
         return f"F.embedding({rows}.tokens, {table})"
     return f"aten.embedding_part({rows}.tokens, {table}, comm.rank)"
 
 
-def _split(e: Emitter, op: Operation) -> str:
+def split(e: Emitter, op: Operation) -> str:
     sizes = [size.value.data for size in op.properties["sizes"].data]
     return f"{e.name(op.operands[0])}.split({sizes}, -1)"
 
 
-def _rope_dynamic(e: Emitter, op: Operation) -> str:
+def rope_dynamic(e: Emitter, op: Operation) -> str:
     rope = (
         f'RopeConfig(kind="dynamic", rotary_dim={last_dim(op.results[0].type)}, '
         f"theta={literal(e.value(op, 'theta'))}, factor={literal(e.value(op, 'factor'))}, "
@@ -50,7 +50,7 @@ def _rope_dynamic(e: Emitter, op: Operation) -> str:
     return f"dynamic_cos_sin({rope}, {rows}.positions, {rows}.lengths)"
 
 
-def _rope_table(e: Emitter, op: Operation) -> str:
+def rope_table(e: Emitter, op: Operation) -> str:
     given = {name: attr.value.data for name, attr in op.properties["parameters"].data.items()}
     arguments = ", ".join(f"{name}={literal(value)}" for name, value in given.items())
     rows = op.results[0].type.get_shape()[0]
@@ -66,6 +66,23 @@ def template(text: str, module: Module = lambda op: "aten") -> Line:
     return line
 
 
+def attention(e: Emitter, op: Operation, module: Module, kv: str = "kv", rows: str | None = None) -> str:
+    """By the kinds of rows: each kind has a kernel of its own."""
+    words, window = op.operands[1].type.data, e.value(op, "window")
+    arguments = (
+        f"{e.name(op.operands[0])}, {kv}, {rows or e.name(op.operands[1])}, {literal(e.value(op, 'scale'))}"
+    )
+    if window is not None:
+        arguments += f", window={window}"
+    if "tree" in words:
+        return f"aten.tree_attention({arguments})"
+    if "decode" not in words:
+        return f"aten.prefill_attention({arguments})"
+    # Behind a window rows see different parts of what they share.
+    kernel = f"{module(op)}.{'cascade' if 'cascade' in words and window is None else 'decode'}_attention"
+    return f"aten.mixed_attention({kernel}, {arguments})" if "prefill" in words else f"{kernel}({arguments})"
+
+
 def table(module: Module) -> dict[str, Line]:
     """The kernel table; kernels that others than stock torch may have are taken from the module given."""
 
@@ -79,23 +96,6 @@ def table(module: Module) -> dict[str, Line]:
         eps = literal(e.value(op, "eps"))
         return f"{module(op)}.add_rms_norm({e.names_of(op.operands)}, {e.weight(op)}, {eps})"
 
-    def attention(e: Emitter, op: Operation) -> str:
-        q, rows = op.operands
-        words, window = rows.type.data, e.value(op, "window")
-        arguments = f"{e.name(q)}, kv, {e.name(rows)}, {literal(e.value(op, 'scale'))}"
-        if window is not None:
-            arguments += f", window={window}"
-        if "tree" in words:
-            return f"aten.tree_attention({arguments})"
-        if "decode" not in words:
-            return f"aten.prefill_attention({arguments})"
-        # Behind a window rows see different parts of what they share.
-        cascade = "cascade" in words and window is None
-        kernel = f"{module(op)}.{'cascade' if cascade else 'decode'}_attention"
-        return (
-            f"aten.mixed_attention({kernel}, {arguments})" if "prefill" in words else f"{kernel}({arguments})"
-        )
-
     def rope_kv_write(e: Emitter, op: Operation) -> str:
         norms = ""
         if "eps" in op.properties:
@@ -107,9 +107,9 @@ def table(module: Module) -> dict[str, Line]:
         return template(text, module)
 
     return {
-        "nn.embedding": _embedding,
+        "nn.embedding": embedding,
         "nn.linear": linear,
-        "nn.split": _split,
+        "nn.split": split,
         "nn.split_rows": call("aten.split_rows({0})"),
         "nn.join_rows": call("torch.cat([{0}, {1}])"),
         "nn.rms_norm": rms_norm,
@@ -120,11 +120,11 @@ def table(module: Module) -> dict[str, Line]:
         "nn.silu_mul": call("{m}.silu_mul({0})"),
         "nn.cast": lambda e, op: f"{e.name(op.operands[0])}.to({torch_dtype(op.results[0].type)})",
         "nn.rope_gather": call("{w}.index_select(0, {0}.positions)"),
-        "nn.rope_dynamic": _rope_dynamic,
+        "nn.rope_dynamic": rope_dynamic,
         "nn.rope": lambda e, op: f"{module(op)}.rope({e.names_of(op.operands)}, {e.value(op, 'head_dim')})",
         "nn.kv_write": call("{m}.kv_write(kv, {0}, {1}, {2})"),
         "nn.rope_kv_write": rope_kv_write,
-        "nn.attention": attention,
+        "nn.attention": lambda e, op: attention(e, op, module),
         "nn.select_outputs": call("{0}.index_select(0, {1}.outputs)"),
         "nn.argmax": call("{0}.argmax(-1)"),
         "nn.bias": call("sampling.bias({0}, {1}.bias_rows, {1}.bias_tokens, {1}.bias)"),
@@ -142,5 +142,5 @@ def table(module: Module) -> dict[str, Line]:
 LOADS: dict[str, Line] = {
     "weights.tensor": lambda e, op: read_tensor(op),
     "weights.concat": lambda e, op: f"torch.cat([{e.names_of(op.operands)}])",
-    "weights.rope_table": _rope_table,
+    "weights.rope_table": rope_table,
 }

@@ -1,0 +1,77 @@
+"""Huawei Ascend, through torch_npu: emitted calls are torch.ops.npu.*, for the chip that is named or found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from sagellm.backends.ascend import codegen, kernels
+from sagellm.backends.ascend.columns import AscendRows
+from sagellm.backends.aten import TorchBackend
+from sagellm.backends.aten.cache import NHD, NZ
+from sagellm.backends.contract import Contract
+from sagellm.backends.emit import Line
+from sagellm.errors import unknown
+from sagellm.rows import Rows
+from sagellm.target import CapabilityDescriptor
+
+CHIPS = ("910B", "910C", "310P", "950")
+
+
+class AscendBackend(TorchBackend):
+    name = "ascend"
+    device = "npu"
+
+    def __init__(self, chip: str | None = None):
+        if chip is not None and chip not in CHIPS:
+            raise unknown("Ascend chip", chip, CHIPS)
+        self.chip = chip or "910B"
+        self.layout = NZ if self.chip == "310P" else NHD
+
+    @property
+    def available(self) -> bool:
+        if find_spec("torch_npu") is None:
+            return False
+        import torch
+        import torch_npu  # noqa: F401
+
+        return torch.npu.is_available()
+
+    @property
+    def capability(self) -> CapabilityDescriptor:
+        dtypes = ("float16",) if self.chip == "310P" else ("bfloat16", "float16")
+        return CapabilityDescriptor(
+            backend=self.name,
+            device=self.device,
+            dtypes=dtypes,
+            kernels=frozenset(self.kernels()),
+            kv_dtypes=dtypes,
+            block_sizes=(128,),
+            max_batch_size=4096,
+            notes=(f"chip {self.chip}",),
+        )
+
+    def kernels(self) -> Mapping[str, Line]:
+        return codegen.KERNELS_310P if self.chip == "310P" else codegen.KERNELS
+
+    def loads(self) -> Mapping[str, Line]:
+        return codegen.LOADS
+
+    @property
+    def contract(self) -> Contract:
+        from sagellm.backends.ascend.contract import CONTRACT
+
+        return CONTRACT
+
+    def header(self, name: str) -> str:
+        return codegen.HEADER.format(name=name, chip=self.chip, device=self.device)
+
+    @cached_property
+    def causal_mask(self) -> Tensor:
+        return kernels.causal_mask(self.device)
+
+    def upload(self, rows: Rows, block_size: int) -> AscendRows:
+        return AscendRows(rows, block_size, self.device, self.causal_mask)

@@ -1,0 +1,124 @@
+"""What the engine is made to do over a vendor's calls, with the logits of every token as the result.
+
+Prompts in chunks, several in a batch, beginnings shared inside a batch and found in the cache, steps of decodes and
+mixed ones, decodes that read a beginning together, trees of guesses, and sequences that are put back as the cache is
+too small for all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from sagellm.batch import Request, SamplingParams
+from sagellm.config import EngineConfig
+from sagellm.engine.core import EngineCore
+from sagellm.target import CostModel, StepCost
+
+FREE_CALLS = CostModel(call=0, source="so that passes act on small batches")
+KINDS = ("decode", "prefill", "shared", "cascade", "tree")
+
+
+class SmallCore(EngineCore):
+    """A core with as many KV blocks as it is told."""
+
+    blocks = 9
+
+    def _block_count(self) -> int:
+        return self.blocks + 1
+
+
+@define
+class Transcript:
+    """What came out."""
+
+    logits: dict[tuple[int, int, int], Tensor] = field(factory=dict)
+    """(request, sample, position) -> float32 [V] before the token at this position was chosen."""
+    tokens: dict[tuple[int, int], list[int]] = field(factory=dict)
+    kinds: Counter[tuple[str, ...]] = field(factory=Counter)
+    """How often rows of these kinds were forwarded."""
+    source: str = ""
+    """The emitted text of a mixed step."""
+    preempted: int = 0
+    reused: int = 0
+
+
+def run(target: str, folder: Path, dtype: str, **settings) -> Transcript:
+    """Serve the scenario's requests with a backend."""
+    config = EngineConfig(
+        model=str(folder),
+        target=target,
+        dtype=dtype,
+        max_sequences=8,
+        max_batched_tokens=256,
+        max_length=448,
+        **settings,
+    )
+    core, told = SmallCore(config), Transcript()
+    step = StepCost.of(FREE_CALLS, core.parameters, core.model.num_layers, core.dtype)
+    core.view = evolve(core.view, costs=FREE_CALLS, step=step)
+    core.pipeline.prepare(core.view)
+    vocabulary = core.model.vocab_size
+    random = np.random.default_rng(0)
+    text = random.integers(0, vocabulary, 400).tolist()
+    again = text[:12] * 6
+    common = text[:261]
+    waves = (
+        (2, [text[i : i + 9] for i in range(8)]),
+        (40, [random.integers(0, vocabulary, 100).tolist() for _ in range(6)]),
+        (12, [common, [*common, 7], [*common, 9, 8], text[300:340], again]),
+        (12, [[*common, 5], common, *([*common[:-3], i] for i in range(4)), text[100:160]]),
+        (12, [common]),
+    )
+    """Tokens that each may say, and prompts. The first wave lets the second expect short answers."""
+    execute = core.execute
+
+    def noting(batch):
+        outcome = execute(batch)
+        c = core.columns
+        for row, position, logits in zip(outcome.rows, outcome.positions, outcome.logits):
+            key = int(c.number[row]), int(c.sample[row]), int(position)
+            told.logits.setdefault(key, logits.float().cpu())
+        return outcome
+
+    core.execute = noting
+    functions = core.executor.functions
+
+    def counting(name, words):
+        if name != "sample":
+            told.kinds[words] += 1
+        return functions(name, words)
+
+    core.executor.functions = counting
+    for most, prompts in waves:
+        for prompt in prompts:
+            request = Request(f"{len(told.tokens)}", list(prompt), SamplingParams(max_tokens=most))
+            number = core.submit(request)
+            told.tokens[number, 0] = []
+        while core.busy:
+            for event in core.step():
+                told.tokens[int(event.request_id), 0].append(event.token)
+    stats = core.stats()
+    told.preempted, told.reused = stats.preemptions, stats.reused
+    told.source = core.compiler.model(("decode", "prefill")).program.source
+    return told
+
+
+def worst(one: Transcript, other: Transcript) -> tuple[float, float, int]:
+    """Largest and mean distance of logits, as far as both chose the same tokens; how many they compare."""
+    distances = []
+    for number, sample, position in one.logits:
+        key = number, sample, position
+        if key not in other.logits:
+            continue
+        ours, theirs = one.tokens[number, sample], other.tokens[number, sample]
+        at = position - (max(p for n, s, p in one.logits if (n, s) == (number, sample)) - len(ours) + 1)
+        if ours[:at] == theirs[:at]:
+            distances.append((one.logits[key] - other.logits[key]).abs())
+    every = torch.stack(distances)
+    return float(every.max()), float(every.mean()), len(distances)

@@ -1,0 +1,116 @@
+"""The layers of proof for a vendor's backend, each with what it saw. Runs in a process of its own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from attrs import define
+
+from sagellm import backends
+from sagellm.backends.contract import CONFIDENCE, Contract
+from sagellm.conformance import models, scenario, stand_in
+from sagellm.errors import UserError
+
+EXACT = 1e-5
+"""Largest distance of logits in float32, as a part of the largest logit."""
+ROUNDED = 1.25
+"""In the model's own type: mean distance from float32, as a part of the CPU's."""
+
+
+@define
+class Finding:
+    """What a layer saw of one model: `ok`, or a failure."""
+
+    layer: str
+    model: str
+    ok: bool
+    said: str
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.ok else 'FAIL'} {self.layer:<12} {self.model:<16} {self.said}"
+
+
+def contract_of(target: str) -> Contract:
+    """What the vendor's calls want; refused for a backend that makes no vendor calls."""
+    found = backends.load(target).contract
+    if found is None:
+        raise UserError(f"backend {target!r} makes no vendor calls; accepted: one that has a contract")
+    return found
+
+
+def verify(target: str, folder: Path | None = None) -> Iterator[Finding]:
+    """Bind every emitted call, check the rules, and compare numbers with the CPU backend.
+
+    `folder` is a checkpoint; without one, small random models of every family that is served.
+    """
+    contract = contract_of(target)
+    record = stand_in.install(contract)
+    vendor = type(backends.load(target))
+    vendor.device = "cpu"
+    with tempfile.TemporaryDirectory() as scratch:
+        some = (
+            {folder.name: folder}
+            if folder is not None
+            else {name: models.write_model(Path(scratch) / name, name) for name in models.FAMILIES}
+        )
+        for name, where in some.items():
+            yield from _numbers(target, name, where, record)
+    made = [call for call in contract.calls if record.counts[call.name]]
+    letters = sorted({call.confidence for call in made})
+    known = "; ".join(f"{letter}: {CONFIDENCE[letter]}" for letter in letters)
+    total = sum(record.counts.values())
+    yield Finding("bind", "all", True, f"{total} calls of {len(made)} kinds bound ({known})")
+    rules = sum(len(call.rules) for call in made)
+    yield Finding("constraints", "all", True, f"{rules} rules held for each of them")
+
+
+def _numbers(target: str, name: str, folder: Path, record: stand_in.Record) -> Iterator[Finding]:
+    vendor = type(backends.load(target))
+    own = backends.load(target).capability.dtypes[0]
+    size = backends.load(target).capability.block_sizes[0]
+    told: dict[tuple[str, str], scenario.Transcript] = {}
+    for where, dtype, widened in (
+        (target, "float32", True),
+        ("cpu", "float32", False),
+        (target, own, False),
+        ("cpu", own, False),
+    ):
+        vendor.widened = widened
+        try:
+            told[where, dtype] = scenario.run(where, folder, own if widened else dtype, block_size=size)
+        except stand_in.ContractBroken as error:
+            yield Finding(error.layer, name, False, str(error))
+            return
+    exact = told["cpu", "float32"]
+    ours = told[target, "float32"]
+    most, _, count = scenario.worst(exact, ours)
+    scale = max(float(logits.abs().max()) for logits in exact.logits.values())
+    equal = exact.tokens == ours.tokens
+    kinds = ", ".join(sorted({"+".join(words) for words in ours.kinds}))
+    yield Finding(
+        "numbers",
+        name,
+        equal and most <= EXACT * scale,
+        f"the same text in float32: {count} logits at most {most / scale:.1e} of the largest apart, tokens "
+        f"{'equal' if equal else 'DIFFER'} ({kinds}; {ours.preempted} put back, {ours.reused} tokens found)",
+    )
+    _, theirs, _ = scenario.worst(exact, told["cpu", own])
+    _, mine, count = scenario.worst(exact, told[target, own])
+    yield Finding(
+        "numbers",
+        name,
+        mine <= ROUNDED * theirs,
+        f"{own}: mean distance from float32 {mine / theirs:.2f} of the CPU backend's ({count} logits)",
+    )
+
+
+def main(target: str, folder: str) -> int:
+    torch.set_num_threads(1)
+    good = True
+    for finding in verify(target, Path(folder) if folder else None):
+        print(finding, flush=True)
+        good &= finding.ok
+    return 0 if good else 1
