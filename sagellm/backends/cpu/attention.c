@@ -5,6 +5,10 @@
  * a normalised result and the log of its softmax's denominator, from which `merge` joins a row's parts exactly
  * (online softmax, Milakov & Gimelshein 2018; shared beginnings: Hydragen, Juravsky et al. 2024).
  *
+ * A node of a tree of guesses is a part too: behind the context its keys are those of its ancestors, wherever they
+ * lie. They come in the order that a plain row has them in, so that a guess that holds has the plain row's result bit
+ * for bit.
+ *
  * Queries lie in the lanes of vectors: a tile of keys times a tile of queries is then a matrix product of outer
  * products, and the softmax needs no sum across lanes. All arithmetic is float32.
  */
@@ -13,7 +17,7 @@
 
 #define KEYS 96 /* of a tile */
 #define QUERIES 128 /* of a unit of work, at most */
-#define PARTS 5 /* columns of the table of parts */
+#define PARTS 7 /* columns of the table of parts */
 
 /* s [n][w] becomes exp(s - max); o [d][w], sum and max are brought to the new maximum. */
 static inline void softmax(float *restrict s, float *restrict o, float *restrict max, float *restrict sum, long n,
@@ -109,8 +113,9 @@ TILE(16, 8, 2, 6, 4)
 
 /* Queries first .. first + count of a part (query number: member * group + head of the group) over its positions. */
 static void NAME(unit)(const T *q, long stride, const T *keys, const T *values, const int64_t *members,
-                       const int64_t *table, long from, long to, long first, long count, long head, long heads,
-                       long group, long d, long block, float scale, float *out, float *lse) {
+                       const int64_t *table, long from, long to, long context, const int64_t *path, long first,
+                       long count, long head, long heads, long group, long d, long block, float scale, float *out,
+                       float *lse) {
     long m = count <= 4 ? 4 : count <= 8 ? 8 : 16, all = (count + m - 1) / m * m;
     void (*tile)(const float *, const float *const *, const float *const *, float *, float *, float *, long, long) =
         m == 4 ? tile4 : m == 8 ? tile8 : tile16;
@@ -128,7 +133,8 @@ static void NAME(unit)(const T *q, long stride, const T *keys, const T *values, 
         const float *k[KEYS], *v[KEYS];
         long n = to - at < KEYS ? to - at : KEYS, ahead = to - at < 2 * KEYS ? to - at : 2 * KEYS;
         for (long i = 0; i < ahead; i++) {
-            long slot = ((table[(at + i) / block] * block + (at + i) % block) * heads + head) * d;
+            long place = at + i < context ? at + i : path[at + i - context];
+            long slot = ((table[place / block] * block + place % block) * heads + head) * d;
             if (i >= n) { /* the next tile: the processor does not guess what lies across blocks */
                 for (long e = 0; e < d; e += 64 / (long)sizeof(T)) {
                     __builtin_prefetch(keys + slot + e);
@@ -155,11 +161,11 @@ static void NAME(unit)(const T *q, long stride, const T *keys, const T *values, 
 }
 
 /* For every part, results `out` [members, heads * group, d] and `lse` [members, heads * group], float.
- * q: rows `stride` apart. parts [n][PARTS]: first member, members, row of the block table, positions from, to;
- * tables [rows, width]. */
+ * q: rows `stride` apart. parts [n][PARTS]: first member, members, row of the block table, positions from, to, from
+ * which position on `paths` says where each lies, and where in it; tables [rows, width]. */
 void NAME(attend)(const T *q, long stride, const T *keys, const T *values, const int64_t *members,
-                  const int64_t *tables, long width, const int64_t *parts, long n, long heads, long group, long d,
-                  long block, float scale, float *out, float *lse) {
+                  const int64_t *tables, long width, const int64_t *parts, const int64_t *paths, long n, long heads,
+                  long group, long d, long block, float scale, float *out, float *lse) {
     long tiles = 0, work = 0, first[n + 1];
     for (long p = 0; p < n; p++) {
         long queries = parts[p * PARTS + 1] * group;
@@ -178,8 +184,8 @@ void NAME(attend)(const T *q, long stride, const T *keys, const T *values, const
         }
         const int64_t *p = parts + low * PARTS;
         long begin = (tile - first[low]) * QUERIES, count = p[1] * group - begin;
-        NAME(unit)(q, stride, keys, values, members + p[0], tables + p[2] * width, p[3], p[4], begin,
-                   count < QUERIES ? count : QUERIES, head, heads, group, d, block, scale,
+        NAME(unit)(q, stride, keys, values, members + p[0], tables + p[2] * width, p[3], p[4], p[5], paths + p[6],
+                   begin, count < QUERIES ? count : QUERIES, head, heads, group, d, block, scale,
                    out + p[0] * heads * group * d, lse + p[0] * heads * group);
     }
 }

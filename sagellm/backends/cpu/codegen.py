@@ -50,7 +50,7 @@ def _attention(e: Emitter, op: Operation) -> str:
     if window is not None:
         arguments += f", window={window}"
     if "tree" in words:
-        return f"cpu.tree_attention({arguments})"
+        return f"{_module(op)}.tree_attention({arguments})"
     if "decode" not in words:
         return f"cpu.prefill_attention({arguments})"
     # Behind a window rows see different parts of what they share.

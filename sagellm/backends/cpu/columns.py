@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sagellm.rows import Rows
 
+NOWHERE = torch.zeros(1, dtype=torch.int64)
+
 
 @frozen
 class Parts:
@@ -17,8 +19,12 @@ class Parts:
     members: Tensor
     """[M] decode rows: of the first part, of the second ..."""
     table: Tensor
-    """[N, 5] first member, members, row of the block table, positions from, to."""
-    other: Tensor | None
+    """[N, 7] first member, members, row of the block table, positions from, to; the position from which on `paths` says
+    where each lies, and where in it."""
+    blocks: Tensor
+    """[rows, blocks of the longest] block table."""
+    paths: Tensor = NOWHERE
+    other: Tensor | None = None
     """[D] for the row's own part, which is the member of its number, the member it is joined with, or -1."""
 
 
@@ -44,8 +50,8 @@ class CpuRows:
         if rows.trees is not None:
             self.tree_nodes = torch.from_numpy(rows.trees.nodes)
             self.tree_blocks = torch.from_numpy(rows.prefill_blocks.reshape(-1))
-            within = np.arange(rows.trees.nodes.shape[1]) < rows.trees.counts[:, None]
-            self.tree_places = torch.from_numpy(np.flatnonzero(within))
+            self._within = np.arange(rows.trees.nodes.shape[1]) < rows.trees.counts[:, None]
+            self.tree_places = torch.from_numpy(np.flatnonzero(self._within))
 
     def _once(self, key, make):
         """What several layers want is made once a step."""
@@ -91,9 +97,32 @@ class CpuRows:
 
     def _parts(self, window: int | None) -> Parts:
         count, lengths = self.decode_count, self._rows.decode_lengths
-        first = np.zeros_like(lengths) if window is None else np.maximum(0, lengths - window)
-        table = np.stack([np.arange(count), np.ones(count), np.arange(count), first, lengths], 1)
-        return Parts(torch.arange(count), torch.from_numpy(table.astype(np.int64)), None)
+        own = np.arange(count)
+        table = _table(own, np.ones(count), own, _starts(lengths, window), lengths)
+        return Parts(torch.arange(count), table, self.decode_blocks)
+
+    def tree_parts(self, window: int | None) -> Parts:
+        """A part for each decode row without guesses, and one for each node of a tree."""
+        return self._once(("tree parts", window), lambda: self._tree_parts(window))
+
+    def _tree_parts(self, window: int | None) -> Parts:
+        r, trees, alone = self._rows, self._rows.trees, self.decode_count
+        node, cell = np.nonzero(trees.sees[self._within])
+        tree = np.repeat(np.arange(len(trees.counts)), trees.counts)
+        contexts = r.prefill_lengths - trees.counts
+        lengths = np.concatenate([r.decode_lengths, r.positions[alone:] + 1])
+        rows = np.concatenate([np.arange(alone), alone + tree])
+        behind = np.concatenate([r.decode_lengths, contexts[tree]])
+        offsets = np.concatenate([np.zeros(alone, np.int64), np.searchsorted(node, np.arange(len(tree)))])
+        every = np.arange(len(rows))
+        blocks = np.zeros(
+            (alone + len(contexts), max(r.decode_blocks.shape[1], r.prefill_blocks.shape[1])), np.int64
+        )
+        blocks[:alone, : r.decode_blocks.shape[1]] = r.decode_blocks
+        blocks[alone:, : r.prefill_blocks.shape[1]] = r.prefill_blocks
+        table = _table(every, np.ones(len(every)), rows, _starts(lengths, window), lengths, behind, offsets)
+        paths = torch.from_numpy(contexts[tree[node]] + cell)
+        return Parts(torch.from_numpy(every), table, torch.from_numpy(blocks), paths)
 
     def cascade_parts(self) -> Parts:
         """A part for each decode row behind what its cohort shares, and one for each cohort."""
@@ -101,18 +130,18 @@ class CpuRows:
 
     def _cascade_parts(self) -> Parts:
         r, count = self._rows, self.decode_count
-        own = np.stack(
-            [np.arange(count), np.ones(count), np.arange(count), self._own_starts(), r.decode_lengths], 1
-        )
+        own, each = np.arange(count), np.ones(count)
         first, zero = count + r.cohort_offsets[:-1], np.zeros(len(r.cohort_common))
         leaders = r.cohort_rows[r.cohort_offsets[:-1]]
-        common = np.stack([first, np.diff(r.cohort_offsets), leaders, zero, r.cohort_common], 1)
+        common = first, np.diff(r.cohort_offsets), leaders, zero, r.cohort_common
+        parts = zip(common, (own, each, own, self._own_starts(), r.decode_lengths))
         other = np.full(count, -1)
         other[r.cohort_rows] = count + np.arange(len(r.cohort_rows))
         return Parts(
             torch.from_numpy(np.concatenate([np.arange(count), r.cohort_rows])),
-            torch.from_numpy(np.concatenate([common, own]).astype(np.int64)),
-            torch.from_numpy(other),
+            _table(*map(np.concatenate, parts)),
+            self.decode_blocks,
+            other=torch.from_numpy(other),
         )
 
     def _own_starts(self) -> np.ndarray:
@@ -145,6 +174,18 @@ class CpuRows:
         last = self.decode_blocks.shape[1] - 1
         blocks = self.decode_blocks.gather(1, at.clamp(max=last)).masked_fill_(at > last, 0)
         return blocks.view(-1), _hiding(torch.arange(width * self._block_size) >= lengths, torch.float32)
+
+
+def _starts(lengths: np.ndarray, window: int | None) -> np.ndarray:
+    """The first position that a row of this length sees."""
+    return np.zeros_like(lengths) if window is None else np.maximum(0, lengths - window)
+
+
+def _table(*columns: np.ndarray) -> Tensor:
+    """Of parts, as `Parts.table` has it; without the last two columns, all keys lie where they belong."""
+    if len(columns) == 5:
+        columns = *columns, columns[4], np.zeros(len(columns[0]))
+    return torch.from_numpy(np.stack(columns, 1).astype(np.int64))
 
 
 def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
