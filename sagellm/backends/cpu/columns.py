@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sagellm.rows import Rows
 
-NOWHERE = torch.zeros(1, dtype=torch.int64)
+NOWHERE = torch.zeros(1, 1, dtype=torch.int64)
 
 
 @frozen
@@ -19,11 +19,11 @@ class Parts:
     members: Tensor
     """[M] decode rows: of the first part, of the second ..."""
     table: Tensor
-    """[N, 7] first member, members, row of the block table, positions from, to; the position from which on `paths` says
-    where each lies, and where in it."""
+    """[N, 6] first member, members, row of the block table, positions from, to; of a tree its context, else -1."""
     blocks: Tensor
     """[rows, blocks of the longest] block table."""
     paths: Tensor = NOWHERE
+    """[M, longest] of a tree's node, how many keys it sees, and where those behind the context lie."""
     other: Tensor | None = None
     """[D] for the row's own part, which is the member of its number, the member it is joined with, or -1."""
 
@@ -102,27 +102,37 @@ class CpuRows:
         return Parts(torch.arange(count), table, self.decode_blocks)
 
     def tree_parts(self, window: int | None) -> Parts:
-        """A part for each decode row without guesses, and one for each node of a tree."""
+        """A part for each decode row without guesses, and one for each tree; behind a window, for each of its nodes, as
+        they see different parts of the context."""
         return self._once(("tree parts", window), lambda: self._tree_parts(window))
 
     def _tree_parts(self, window: int | None) -> Parts:
         r, trees, alone = self._rows, self._rows.trees, self.decode_count
-        node, cell = np.nonzero(trees.sees[self._within])
-        tree = np.repeat(np.arange(len(trees.counts)), trees.counts)
-        contexts = r.prefill_lengths - trees.counts
         lengths = np.concatenate([r.decode_lengths, r.positions[alone:] + 1])
-        rows = np.concatenate([np.arange(alone), alone + tree])
-        behind = np.concatenate([r.decode_lengths, contexts[tree]])
-        offsets = np.concatenate([np.zeros(alone, np.int64), np.searchsorted(node, np.arange(len(tree)))])
-        every = np.arange(len(rows))
-        blocks = np.zeros(
-            (alone + len(contexts), max(r.decode_blocks.shape[1], r.prefill_blocks.shape[1])), np.int64
+        contexts = r.prefill_lengths - trees.counts
+        node, cell = np.nonzero(trees.sees[self._within])
+        tree = np.repeat(np.arange(len(contexts)), trees.counts)
+        paths = np.zeros((len(lengths), 1 + trees.sees.shape[2]), np.int64)
+        paths[:, 0] = lengths
+        paths[alone + node, 1 + np.arange(len(node)) - np.searchsorted(node, node)] = (
+            contexts[tree[node]] + cell
         )
-        blocks[:alone, : r.decode_blocks.shape[1]] = r.decode_blocks
-        blocks[alone:, : r.prefill_blocks.shape[1]] = r.prefill_blocks
-        table = _table(every, np.ones(len(every)), rows, _starts(lengths, window), lengths, behind, offsets)
-        paths = torch.from_numpy(contexts[tree[node]] + cell)
-        return Parts(torch.from_numpy(every), table, torch.from_numpy(blocks), paths)
+        first, counts = r.prefill_offsets[:-1], trees.counts
+        if window is not None:
+            first, counts, contexts = alone + np.arange(len(tree)), np.ones(len(tree), int), contexts[tree]
+        first = np.concatenate([np.arange(alone), first])
+        table = _table(
+            first,
+            np.concatenate([np.ones(alone, int), counts]),
+            np.concatenate([np.arange(alone), alone + tree[first[alone:] - alone]]),
+            _starts(lengths[first], window),
+            lengths[first],
+            np.concatenate([np.full(alone, -1), contexts]),
+        )
+        width = max(r.decode_blocks.shape[1], r.prefill_blocks.shape[1])
+        tables = (np.pad(t, ((0, 0), (0, width - t.shape[1]))) for t in (r.decode_blocks, r.prefill_blocks))
+        blocks = torch.from_numpy(np.concatenate(list(tables)))
+        return Parts(torch.arange(len(lengths)), table, blocks, torch.from_numpy(paths))
 
     def cascade_parts(self) -> Parts:
         """A part for each decode row behind what its cohort shares, and one for each cohort."""
@@ -182,9 +192,9 @@ def _starts(lengths: np.ndarray, window: int | None) -> np.ndarray:
 
 
 def _table(*columns: np.ndarray) -> Tensor:
-    """Of parts, as `Parts.table` has it; without the last two columns, all keys lie where they belong."""
+    """Of parts, as `Parts.table` has it; five columns are of no tree."""
     if len(columns) == 5:
-        columns = *columns, columns[4], np.zeros(len(columns[0]))
+        columns = *columns, np.full(len(columns[0]), -1)
     return torch.from_numpy(np.stack(columns, 1).astype(np.int64))
 
 

@@ -46,7 +46,7 @@ SIGNATURES = {
     "kv_write": (P, L, P, P, L, L),
     "rope_kv_write": (P, L, P, L, P, L, P, P, P, F, P, P, P, P, P, L, L, L, L, L),
     "gemv": (P, P, P, P, L, L),
-    "attend": (P, L, P, P, P, P, L, P, P, L, L, L, L, L, F, P, P),
+    "attend": (P, L, P, P, P, P, L, P, P, L, L, L, L, L, L, F, P, P),
     "merge": (P, P, P, P, L, L, L),
     "linear": (P, P, P, P, L, L, L),
 }
@@ -269,7 +269,8 @@ def _attend(q: Tensor, kv: tuple[Tensor, Tensor], rows: CpuRows, parts: Parts, s
     _function("attend", q.dtype)(
         q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), parts.members.data_ptr(),
         parts.blocks.data_ptr(), parts.blocks.shape[1], parts.table.data_ptr(), parts.paths.data_ptr(),
-        len(parts.table), kv_heads, heads // kv_heads, head_dim, block_size, scale, out.data_ptr(), lse.data_ptr(),
+        parts.paths.shape[1], len(parts.table),
+        kv_heads, heads // kv_heads, head_dim, block_size, scale, out.data_ptr(), lse.data_ptr(),
     )  # fmt: skip
     if parts.other is None:
         return out.to(q.dtype)
