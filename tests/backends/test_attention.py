@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples
@@ -12,6 +13,9 @@ from strategies import examples
 from sagellm.backends.aten import kernels
 from sagellm.backends.aten.columns import AtenRows
 from sagellm.backends.cpu import native
+from sagellm.batch import Batch, Columns
+from sagellm.rows import build_rows
+from sagellm.trees import Trees, slots, tree_rows
 
 LACKING = native.unavailable()
 KERNELS = [kernels, pytest.param(native, marks=pytest.mark.skipif(LACKING is not None, reason=str(LACKING)))]
@@ -95,6 +99,55 @@ def test_what_is_read_together_is_what_each_reads_alone(module, dtype, step):
     torch.testing.assert_close(
         ours.double(), meaning(step, q, kv, scale), rtol=ROUNDING[dtype], atol=ROUNDING[dtype]
     )
+
+
+def tree_step(draw_from: int, block_size: int) -> tuple[Batch, Trees]:
+    """A sequence that decodes alone, and two with guesses whose paths part."""
+    random = np.random.default_rng(draw_from)
+    columns = Columns(3, 400, block_size)
+    for row, guesses in enumerate((0, 5, 9)):
+        length = int(random.integers(1, 350))
+        columns.length[row], columns.context[row] = length, length - 1
+        columns.blocks[row, : -(-360 // block_size)] = 1 + row + 3 * random.permutation(-(-360 // block_size))
+        columns.drafted[row] = guesses
+        columns.draft_parents[row, :guesses] = [random.integers(0, at + 1) for at in range(guesses)]
+    batch = Batch(columns, np.arange(3), np.zeros(0, np.int64))
+    return batch, Trees.of(columns, batch.decode)
+
+
+@pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("window", [None, 1, 7, 120])
+@pytest.mark.parametrize(
+    ("group", "head_dim", "block_size"), [(1, 16, 4), (4, 32, 16), (7, 18, 16), (12, 64, 3)]
+)
+def test_a_guess_is_read_bit_for_bit_as_a_plain_row(dtype, window, group, head_dim, block_size):
+    """The plain row has the guesses before it where its tree has them in other cells."""
+    for draw_from in range(3):
+        batch, trees = tree_step(draw_from, block_size)
+        c, rows = batch.columns, tree_rows(batch, trees)
+        made = torch.Generator().manual_seed(draw_from)
+        kv = torch.randn(2, 1100, block_size, 2, head_dim, generator=made).to(dtype)
+        q = torch.randn(len(rows.tokens), 2 * group * head_dim, generator=made).to(dtype)
+        ours = native.tree_attention(q, (kv[0], kv[1]), AtenRows(rows, block_size), 0.2, window)
+        stock = kernels.tree_attention(q, (kv[0], kv[1]), AtenRows(rows, block_size), 0.2, window)
+        torch.testing.assert_close(ours, stock, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+        for node, (row, sees) in enumerate(zip(trees.rows, trees.sees)):
+            path = c.context[row] + np.flatnonzero(sees)
+            plain = kv.clone().flatten(1, 2)
+            lie, belong = (
+                slots(c, np.full(len(path), row), at) for at in (path, c.context[row] + np.arange(len(path)))
+            )
+            plain[:, torch.from_numpy(belong)] = kv.flatten(1, 2)[:, torch.from_numpy(lie)]
+            plain = plain.view(kv.shape)
+            one = Batch(c, np.array([row]), np.zeros(0, np.int64))
+            alone = build_rows(one)
+            alone.decode_lengths[:] = c.context[row] + len(path)
+            alone = evolve(alone, decode_blocks=c.blocks[[row]].astype(np.int64))
+            expected = native.decode_attention(
+                q[node : node + 1], (plain[0], plain[1]), AtenRows(alone, block_size), 0.2, window
+            )
+            assert torch.equal(ours[node : node + 1], expected)
 
 
 @pytest.mark.parametrize("module", KERNELS)

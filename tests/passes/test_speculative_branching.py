@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import every_kernel, examples, model_configs, samplings, small_model, speculations
 
+from sagellm.backends.cpu import CpuBackend
 from sagellm.batch import Batch, Columns, Phase, Request, SamplingParams
 from sagellm.drafts import Drafts
 from sagellm.engine.engine import SageLLMEngine
@@ -103,6 +104,24 @@ def test_greedy_outputs_are_the_same(cores):
     assert stats.accepted > 0 and stats.drafted > stats.accepted and stats.verify_steps > 0
     assert stats.steps < 1.7 * cores[0].stats().steps and cores[0].stats().drafted == 0
     assert stats.remarks["speculative-branching"]["applied"] == stats.verify_steps
+
+
+@pytest.mark.skipif(
+    CpuBackend().capability.linear_layouts.get("bfloat16") != "panels",
+    reason="products whose rounding depends on the rows beside",
+)
+def test_bfloat16_outputs_are_the_same_bit_for_bit(folder):
+    """Where a product's row does not depend on the rows beside it, nor does any logit on what was guessed."""
+    cores = [make_core(folder, p, block_size=4, max_length=200, dtype="bfloat16") for p in (PLAIN, EAGER)]
+    for first in range(0, PROMPTS, 8):
+        prompts = [repetitive(seed) for seed in range(first, first + 8)]
+        how = SamplingParams(max_tokens=40, logprobs=3)
+        plain, guessing, again = (serve(core, prompts, how) for core in (*cores, cores[1]))
+        told = [
+            [[(e.token, e.logprob, e.top) for e in one] for one in run] for run in (plain, guessing, again)
+        ]
+        assert told[0] == told[1] == told[2]
+    assert cores[1].stats().accepted > 50
 
 
 @examples(12)

@@ -75,7 +75,7 @@ def attention(e: Emitter, op: Operation, module: Module, kv: str = "kv", rows: s
     if window is not None:
         arguments += f", window={window}"
     if "tree" in words:
-        return f"aten.tree_attention({arguments})"
+        return f"{module(op)}.tree_attention({arguments})"
     if "decode" not in words:
         return f"aten.prefill_attention({arguments})"
     # Behind a window rows see different parts of what they share.

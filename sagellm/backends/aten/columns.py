@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sagellm.rows import Rows
 
+NOWHERE = torch.zeros(1, 1, dtype=torch.int64)
+
 
 @frozen
 class Parts:
@@ -19,8 +21,12 @@ class Parts:
     members: Tensor
     """[M] decode rows: of the first part, of the second ..."""
     table: Tensor
-    """[N, 5] first member, members, row of the block table, positions from, to."""
-    other: Tensor | None
+    """[N, 6] first member, members, row of the block table, positions from, to; of a tree its context, else -1."""
+    blocks: Tensor
+    """[rows, blocks of the longest] block table."""
+    paths: Tensor = NOWHERE
+    """[M, longest] of a tree's node, how many keys it sees, and where those behind the context lie."""
+    other: Tensor | None = None
     """[D] for the row's own part, which is the member of its number, the member it is joined with, or -1."""
 
 
@@ -48,8 +54,8 @@ class AtenRows:
         if rows.trees is not None:
             self.tree_nodes = put(rows.trees.nodes)
             self.tree_blocks = put(rows.prefill_blocks.reshape(-1))
-            within = np.arange(rows.trees.nodes.shape[1]) < rows.trees.counts[:, None]
-            self.tree_places = put(np.flatnonzero(within))
+            self._within = np.arange(rows.trees.nodes.shape[1]) < rows.trees.counts[:, None]
+            self.tree_places = put(np.flatnonzero(self._within))
 
     def _once(self, key, make):
         """What several layers want is made once a step."""
@@ -95,9 +101,42 @@ class AtenRows:
 
     def _parts(self, window: int | None) -> Parts:
         count, lengths = self.decode_count, self._rows.decode_lengths
-        first = np.zeros_like(lengths) if window is None else np.maximum(0, lengths - window)
-        table = np.stack([np.arange(count), np.ones(count), np.arange(count), first, lengths], 1)
-        return Parts(torch.arange(count), self._put(table.astype(np.int64)), None)
+        own = np.arange(count)
+        table = _table(own, np.ones(count), own, _starts(lengths, window), lengths)
+        return Parts(torch.arange(count), table, self.decode_blocks)
+
+    def tree_parts(self, window: int | None) -> Parts:
+        """A part for each decode row without guesses, and one for each tree; behind a window, for each of its nodes, as
+        they see different parts of the context."""
+        return self._once(("tree parts", window), lambda: self._tree_parts(window))
+
+    def _tree_parts(self, window: int | None) -> Parts:
+        r, trees, alone = self._rows, self._rows.trees, self.decode_count
+        lengths = np.concatenate([r.decode_lengths, r.positions[alone:] + 1])
+        contexts = r.prefill_lengths - trees.counts
+        node, cell = np.nonzero(trees.sees[self._within])
+        tree = np.repeat(np.arange(len(contexts)), trees.counts)
+        paths = np.zeros((len(lengths), 1 + trees.sees.shape[2]), np.int64)
+        paths[:, 0] = lengths
+        paths[alone + node, 1 + np.arange(len(node)) - np.searchsorted(node, node)] = (
+            contexts[tree[node]] + cell
+        )
+        first, counts = r.prefill_offsets[:-1], trees.counts
+        if window is not None:
+            first, counts, contexts = alone + np.arange(len(tree)), np.ones(len(tree), int), contexts[tree]
+        first = np.concatenate([np.arange(alone), first])
+        table = _table(
+            first,
+            np.concatenate([np.ones(alone, int), counts]),
+            np.concatenate([np.arange(alone), alone + tree[first[alone:] - alone]]),
+            _starts(lengths[first], window),
+            lengths[first],
+            np.concatenate([np.full(alone, -1), contexts]),
+        )
+        width = max(r.decode_blocks.shape[1], r.prefill_blocks.shape[1])
+        tables = (np.pad(t, ((0, 0), (0, width - t.shape[1]))) for t in (r.decode_blocks, r.prefill_blocks))
+        blocks = torch.from_numpy(np.concatenate(list(tables)))
+        return Parts(torch.arange(len(lengths)), table, blocks, torch.from_numpy(paths))
 
     def cascade_parts(self) -> Parts:
         """A part for each decode row behind what its cohort shares, and one for each cohort."""
@@ -105,18 +144,18 @@ class AtenRows:
 
     def _cascade_parts(self) -> Parts:
         r, count = self._rows, self.decode_count
-        own = np.stack(
-            [np.arange(count), np.ones(count), np.arange(count), self._own_starts(), r.decode_lengths], 1
-        )
+        own, each = np.arange(count), np.ones(count)
         first, zero = count + r.cohort_offsets[:-1], np.zeros(len(r.cohort_common))
         leaders = r.cohort_rows[r.cohort_offsets[:-1]]
-        common = np.stack([first, np.diff(r.cohort_offsets), leaders, zero, r.cohort_common], 1)
+        common = first, np.diff(r.cohort_offsets), leaders, zero, r.cohort_common
+        parts = zip(common, (own, each, own, self._own_starts(), r.decode_lengths))
         other = np.full(count, -1)
         other[r.cohort_rows] = count + np.arange(len(r.cohort_rows))
         return Parts(
-            self._put(np.concatenate([np.arange(count), r.cohort_rows])),
-            self._put(np.concatenate([common, own]).astype(np.int64)),
-            self._put(other),
+            torch.from_numpy(np.concatenate([np.arange(count), r.cohort_rows])),
+            _table(*map(np.concatenate, parts)),
+            self.decode_blocks,
+            other=torch.from_numpy(other),
         )
 
     def _own_starts(self) -> np.ndarray:
@@ -154,6 +193,18 @@ class AtenRows:
 
 def _putter(device: str) -> Callable[[np.ndarray], Tensor]:
     return lambda array: torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def _starts(lengths: np.ndarray, window: int | None) -> np.ndarray:
+    """The first position that a row of this length sees."""
+    return np.zeros_like(lengths) if window is None else np.maximum(0, lengths - window)
+
+
+def _table(*columns: np.ndarray) -> Tensor:
+    """Of parts, as `Parts.table` has it; five columns are of no tree."""
+    if len(columns) == 5:
+        columns = *columns, np.full(len(columns[0]), -1)
+    return torch.from_numpy(np.stack(columns, 1).astype(np.int64))
 
 
 def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:

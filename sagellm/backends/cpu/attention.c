@@ -5,6 +5,10 @@
  * a normalised result and the log of its softmax's denominator, from which `merge` joins a row's parts exactly
  * (online softmax, Milakov & Gimelshein 2018; shared beginnings: Hydragen, Juravsky et al. 2024).
  *
+ * The nodes of a tree of guesses are a part too: they share the context, and behind it each sees its ancestors, wherever
+ * these lie. Keys come in the order and in the tiles that a plain row has them in, and no lane knows of the others, so a
+ * node has the plain row's result bit for bit.
+ *
  * Queries lie in the lanes of vectors: a tile of keys times a tile of queries is then a matrix product of outer
  * products, and the softmax needs no sum across lanes. All arithmetic is float32.
  */
@@ -13,7 +17,10 @@
 
 #define KEYS 96 /* of a tile */
 #define QUERIES 128 /* of a unit of work, at most */
-#define PARTS 5 /* columns of the table of parts */
+#define PARTS 6 /* columns of the table of parts */
+
+/* Lanes of the tiles for so many queries. */
+static inline long width(long count) { return count <= 4 ? 4 : count <= 8 ? 8 : 16; }
 
 /* s [n][w] becomes exp(s - max); o [d][w], sum and max are brought to the new maximum. */
 static inline void softmax(float *restrict s, float *restrict o, float *restrict max, float *restrict sum, long n,
@@ -107,28 +114,21 @@ TILE(16, 8, 2, 6, 4)
 
 #else
 
-/* Queries first .. first + count of a part (query number: member * group + head of the group) over its positions. */
-static void NAME(unit)(const T *q, long stride, const T *keys, const T *values, const int64_t *members,
-                       const int64_t *table, long from, long to, long first, long count, long head, long heads,
-                       long group, long d, long block, float scale, float *out, float *lse) {
-    long m = count <= 4 ? 4 : count <= 8 ? 8 : 16, all = (count + m - 1) / m * m;
+/* `all` queries, in tiles of m, over the positions from .. to; from `context` on, `path` says where each lies. */
+static void NAME(walk)(const float *wide, float *o, float *max, float *sum, long all, long m, const T *keys,
+                       const T *values, const int64_t *table, long from, long to, long context, const int64_t *path,
+                       long head, long heads, long d, long block) {
     void (*tile)(const float *, const float *const *, const float *const *, float *, float *, float *, long, long) =
         m == 4 ? tile4 : m == 8 ? tile8 : tile16;
-    float wide[d * all], o[d * all], max[QUERIES], sum[QUERIES]; /* [all / m][d][m] */
 #if !DIRECT
     float kept[2][KEYS * d];
 #endif
-    for (long j = 0; j < all; j++) {
-        long query = first + j, at = j / m * d * m + j % m;
-        const T *x = j < count ? q + members[query / group] * stride + (head * group + query % group) * d : q;
-        max[j] = -INFINITY, sum[j] = 0;
-        for (long e = 0; e < d; e++) wide[at + e * m] = UP(x[e]) * scale, o[at + e * m] = 0;
-    }
     for (long at = from; at < to; at += KEYS) {
         const float *k[KEYS], *v[KEYS];
         long n = to - at < KEYS ? to - at : KEYS, ahead = to - at < 2 * KEYS ? to - at : 2 * KEYS;
         for (long i = 0; i < ahead; i++) {
-            long slot = ((table[(at + i) / block] * block + (at + i) % block) * heads + head) * d;
+            long place = at + i < context ? at + i : path[at + i - context];
+            long slot = ((table[place / block] * block + place % block) * heads + head) * d;
             if (i >= n) { /* the next tile: the processor does not guess what lies across blocks */
                 for (long e = 0; e < d; e += 64 / (long)sizeof(T)) {
                     __builtin_prefetch(keys + slot + e);
@@ -147,6 +147,46 @@ static void NAME(unit)(const T *q, long stride, const T *keys, const T *values, 
         for (long i = n; i < KEYS; i++) k[i] = k[0]; /* scores of these are not read */
         for (long j = 0; j < all; j += m) tile(wide + j * d, k, v, o + j * d, max + j, sum + j, n, d);
     }
+}
+
+/* Queries first .. first + count of a part (query number: member * group + head of the group) over its positions. In a
+ * tree (context >= 0) the members share the whole tiles of the context, and each sees behind them what `paths` says. */
+static void NAME(unit)(const T *q, long stride, const T *keys, const T *values, const int64_t *members,
+                       const int64_t *table, long from, long to, long context, const int64_t *paths, long longest,
+                       long first, long count, long head, long heads, long group, long d, long block, float scale,
+                       float *out, float *lse) {
+    long m = width(count), all = (count + m - 1) / m * m;
+    float wide[d * all], o[d * all], max[QUERIES], sum[QUERIES]; /* [all / m][d][m] */
+    for (long j = 0; j < all; j++) {
+        long query = first + j, at = j / m * d * m + j % m;
+        const T *x = j < count ? q + members[query / group] * stride + (head * group + query % group) * d : q;
+        max[j] = -INFINITY, sum[j] = 0;
+        for (long e = 0; e < d; e++) wide[at + e * m] = UP(x[e]) * scale, o[at + e * m] = 0;
+    }
+    long shared = context < 0 ? to : context < from ? from : from + (context - from) / KEYS * KEYS;
+    NAME(walk)(wide, o, max, sum, all, m, keys, values, table, from, shared, shared, 0, head, heads, d, block);
+    for (long j = 0, n; context >= 0 && j < count; j += n) { /* the queries of one member */
+        long own = group - (first + j) % group;
+        n = own < count - j ? own : count - j;
+        long w = width(n), some = (n + w - 1) / w * w;
+        const int64_t *path = paths + (first + j) / group * longest;
+        float x[d * some], y[d * some], top[QUERIES], total[QUERIES];
+        for (long i = 0; i < some; i++) {
+            long here = (j + i) / m * d * m + (j + i) % m, at = i / w * d * w + i % w;
+            top[i] = i < n ? max[j + i] : -INFINITY, total[i] = i < n ? sum[j + i] : 0;
+            for (long e = 0; e < d; e++) {
+                x[at + e * w] = i < n ? wide[here + e * m] : 0;
+                y[at + e * w] = i < n ? o[here + e * m] : 0;
+            }
+        }
+        NAME(walk)(x, y, top, total, some, w, keys, values, table, shared, path[0], context, path + 1, head, heads, d,
+                   block);
+        for (long i = 0; i < n; i++) {
+            long here = (j + i) / m * d * m + (j + i) % m, at = i / w * d * w + i % w;
+            max[j + i] = top[i], sum[j + i] = total[i];
+            for (long e = 0; e < d; e++) o[here + e * m] = y[at + e * w];
+        }
+    }
     for (long j = 0; j < count; j++) {
         long query = ((first + j) / group * heads + head) * group + (first + j) % group;
         lse[query] = max[j] + logf(sum[j]);
@@ -155,11 +195,12 @@ static void NAME(unit)(const T *q, long stride, const T *keys, const T *values, 
 }
 
 /* For every part, results `out` [members, heads * group, d] and `lse` [members, heads * group], float.
- * q: rows `stride` apart. parts [n][PARTS]: first member, members, row of the block table, positions from, to;
- * tables [rows, width]. */
+ * q: rows `stride` apart. parts [n][PARTS]: first member, members, row of the block table, positions from, to, and of a
+ * tree its context, else -1; tables [rows, width]; paths [members, longest]: of a tree's node, the keys it sees, and
+ * where those behind the context lie. */
 void NAME(attend)(const T *q, long stride, const T *keys, const T *values, const int64_t *members,
-                  const int64_t *tables, long width, const int64_t *parts, long n, long heads, long group, long d,
-                  long block, float scale, float *out, float *lse) {
+                  const int64_t *tables, long width, const int64_t *parts, const int64_t *paths, long longest, long n,
+                  long heads, long group, long d, long block, float scale, float *out, float *lse) {
     long tiles = 0, work = 0, first[n + 1];
     for (long p = 0; p < n; p++) {
         long queries = parts[p * PARTS + 1] * group;
@@ -178,8 +219,8 @@ void NAME(attend)(const T *q, long stride, const T *keys, const T *values, const
         }
         const int64_t *p = parts + low * PARTS;
         long begin = (tile - first[low]) * QUERIES, count = p[1] * group - begin;
-        NAME(unit)(q, stride, keys, values, members + p[0], tables + p[2] * width, p[3], p[4], begin,
-                   count < QUERIES ? count : QUERIES, head, heads, group, d, block, scale,
+        NAME(unit)(q, stride, keys, values, members + p[0], tables + p[2] * width, p[3], p[4], p[5],
+                   paths + p[0] * longest, longest, begin, count < QUERIES ? count : QUERIES, head, heads, group, d, block, scale,
                    out + p[0] * heads * group * d, lse + p[0] * heads * group);
     }
 }

@@ -46,7 +46,7 @@ SIGNATURES = {
     "kv_write": (P, L, P, P, L, L),
     "rope_kv_write": (P, L, P, L, P, L, P, P, P, F, P, P, P, P, P, L, L, L, L, L),
     "gemv": (P, P, P, P, L, L),
-    "attend": (P, L, P, P, P, P, L, P, L, L, L, L, L, F, P, P),
+    "attend": (P, L, P, P, P, P, L, P, P, L, L, L, L, L, L, F, P, P),
     "merge": (P, P, P, P, L, L, L),
     "linear": (P, P, P, P, L, L, L),
 }
@@ -252,22 +252,31 @@ def cascade_attention(q: Tensor, kv: tuple[Tensor, Tensor], rows: AtenRows, scal
     return _attend(q, kv, rows, rows.cascade_parts(), scale)
 
 
+def tree_attention(
+    q: Tensor, kv: tuple[Tensor, Tensor], rows: AtenRows, scale: float, window: int | None = None
+) -> Tensor:
+    """Decodes without guesses first, then trees of guesses [T, H * D]: a node's result is bit for bit that of the plain
+    decode row that it stands for."""
+    return _attend(q, kv, rows, rows.tree_parts(window), scale)
+
+
 def _attend(q: Tensor, kv: tuple[Tensor, Tensor], rows: AtenRows, parts: Parts, scale: float) -> Tensor:
     keys, values = kv
     _, block_size, kv_heads, head_dim = keys.shape
-    heads, count = q.shape[1] // head_dim, rows.decode_count
+    heads = q.shape[1] // head_dim
     out = torch.empty((len(parts.members), heads * head_dim), dtype=torch.float32)
     lse = torch.empty((len(parts.members), heads), dtype=torch.float32)
     _function("attend", q.dtype)(
         q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), parts.members.data_ptr(),
-        rows.decode_blocks.data_ptr(), rows.decode_blocks.shape[1], parts.table.data_ptr(), len(parts.table),
+        parts.blocks.data_ptr(), parts.blocks.shape[1], parts.table.data_ptr(), parts.paths.data_ptr(),
+        parts.paths.shape[1], len(parts.table),
         kv_heads, heads // kv_heads, head_dim, block_size, scale, out.data_ptr(), lse.data_ptr(),
     )  # fmt: skip
     if parts.other is None:
         return out.to(q.dtype)
-    joined = torch.empty((count, heads * head_dim), dtype=q.dtype)
+    joined = torch.empty((len(parts.other), heads * head_dim), dtype=q.dtype)
     f = _function("merge", q.dtype)
-    f(out.data_ptr(), lse.data_ptr(), parts.other.data_ptr(), joined.data_ptr(), count, heads, head_dim)
+    f(out.data_ptr(), lse.data_ptr(), parts.other.data_ptr(), joined.data_ptr(), len(joined), heads, head_dim)
     return joined
 
 
