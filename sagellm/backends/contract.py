@@ -41,8 +41,8 @@ class Call:
     source: str
     """Where schema, meaning and rules are from."""
     rules: tuple[Rule, ...] = ()
-    kernel: str | None = None
-    """Name of the device kernel that the vendor's host code launches for it."""
+    kernels: tuple[str, ...] = ()
+    """Device kernels of which the vendor's host code launches one for it, by chip."""
     also: tuple[str, ...] = field(default=())
     """Python names under which it is called too, such as `torch_npu._npu_reshape_and_cache`."""
 
@@ -84,6 +84,8 @@ class Contract:
     calls: tuple[Call, ...]
     modules: tuple[str, ...] = ()
     """Python modules that emitted code imports, and that only the vendor ships."""
+    host_code: bool = False
+    """Whether the vendor's own host code can be run without a device."""
 
     def find(self, name: str) -> Call | None:
         return next((c for c in self.calls if name in (c.name, *c.also)), None)

@@ -70,7 +70,7 @@ def run(target: str, folder: Path, dtype: str, **settings) -> Transcript:
     common = text[:261]
     waves = (
         (2, [text[i : i + 9] for i in range(8)]),
-        (40, [random.integers(0, vocabulary, 100).tolist() for _ in range(6)]),
+        (31, [random.integers(0, vocabulary, 100).tolist() for _ in range(6)]),
         (12, [common, [*common, 7], [*common, 9, 8], text[300:340], again]),
         (12, [[*common, 5], common, *([*common[:-3], i] for i in range(4)), text[100:160]]),
         (12, [common]),

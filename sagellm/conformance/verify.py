@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +19,9 @@ EXACT = 1e-5
 """Largest distance of logits in float32, as a part of the largest logit."""
 ROUNDED = 1.25
 """In the model's own type: mean distance from float32, as a part of the CPU's."""
+
+APART = {"bfloat16": 2e-2, "float16": 2.5e-3}
+"""Mean distance of logits from the CPU backend's in the same type, as a part of the largest: some roundings."""
 
 
 @define
@@ -50,12 +54,7 @@ def verify(target: str, folder: Path | None = None) -> Iterator[Finding]:
     record = stand_in.install(contract)
     vendor = type(backends.load(target))
     vendor.device = "cpu"
-    with tempfile.TemporaryDirectory() as scratch:
-        some = (
-            {folder.name: folder}
-            if folder is not None
-            else {name: models.write_model(Path(scratch) / name, name) for name in models.FAMILIES}
-        )
+    with _models(folder) as some:
         for name, where in some.items():
             yield from _numbers(target, name, where, record)
     made = [call for call in contract.calls if record.counts[call.name]]
@@ -65,6 +64,16 @@ def verify(target: str, folder: Path | None = None) -> Iterator[Finding]:
     yield Finding("bind", "all", True, f"{total} calls of {len(made)} kinds bound ({known})")
     rules = sum(len(call.rules) for call in made)
     yield Finding("constraints", "all", True, f"{rules} rules held for each of them")
+
+
+@contextmanager
+def _models(folder: Path | None) -> Iterator[dict[str, Path]]:
+    """This model, or small ones of every family."""
+    if folder is not None:
+        yield {folder.name: folder}
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield {name: models.write_model(Path(scratch) / name, name) for name in models.FAMILIES}
 
 
 def _numbers(target: str, name: str, folder: Path, record: stand_in.Record) -> Iterator[Finding]:
@@ -107,10 +116,47 @@ def _numbers(target: str, name: str, folder: Path, record: stand_in.Record) -> I
     )
 
 
-def main(target: str, folder: str) -> int:
+def verify_host_code(target: str, folder: Path | None = None) -> Iterator[Finding]:
+    """Run the same over the vendor's own host code, where there is a fake device for it: shapes, kernels, numbers."""
+    from sagellm.conformance.fake_cann.build import Unavailable
+    from sagellm.conformance.fake_cann.load import fake_ascend
+
+    backend = backends.load(target)
+    own, size = backend.capability.dtypes[0], backend.capability.block_sizes[0]
+    try:
+        with fake_ascend(backend.chip) as seen, _models(folder) as some:
+            wrong: list[str] = []
+            for name, where in some.items():
+                cpu = scenario.run("cpu", where, own, block_size=size)
+                before, seen.wrong[:] = seen.calls.total(), []
+                ours = scenario.run(target, where, own)
+                said = f"{seen.calls.total() - before} vendor calls launched the kernels that were promised"
+                wrong += seen.wrong
+                yield Finding("trace", name, not seen.wrong, "; ".join(seen.wrong) or said)
+                distance, mean, count = scenario.worst(cpu, ours)
+                scale = max(float(logits.abs().max()) for logits in cpu.logits.values())
+                yield Finding(
+                    "trace", name, mean <= APART[own] * scale,
+                    f"{own}: {count} logits {mean / scale:.1e} of the largest apart on average, {distance / scale:.1e} "
+                    "at most",
+                )  # fmt: skip
+            yield Finding(
+                "shape", "all", True, f"{seen.shapes} forms of calls agree with the vendor's inference"
+            )
+            kernels = f"{len(seen.kernels)} kinds of kernels, none of an operator left to the CPU"
+            yield Finding("trace", "all", not wrong, "; ".join(wrong) or kernels)
+    except Unavailable as error:
+        yield Finding("trace", "all", True, f"NOT CHECKED: {error}")
+    except stand_in.ContractBroken as error:
+        yield Finding(error.layer, "all", False, str(error))
+
+
+def main(layers: str, target: str, folder: str) -> int:
+    """Print the findings of `stand_in` or `host_code`; 1 if one is a failure."""
     torch.set_num_threads(1)
+    check = {"stand_in": verify, "host_code": verify_host_code}[layers]
     good = True
-    for finding in verify(target, Path(folder) if folder else None):
+    for finding in check(target, Path(folder) if folder else None):
         print(finding, flush=True)
         good &= finding.ok
     return 0 if good else 1

@@ -284,16 +284,17 @@ SCHEMAS = read_schemas("sagellm.backends.ascend")
 
 CONTRACT = Contract(
     modules=("torch_npu",),
+    host_code=True,
     calls=(
         Call(
             SCHEMAS["npu::npu_rms_norm"], rms_norm, "A", DOCS,
-            (gamma_fits("input"), same_dtype("input", "gamma")), "aclnnRmsNorm",
+            (gamma_fits("input"), same_dtype("input", "gamma")), ("aclnnRmsNorm",),
         ),
         Call(
             SCHEMAS["npu::npu_add_rms_norm"], add_rms_norm, "A", DOCS,
-            (gamma_fits("x1"), same_dtype("x1", "x2", "gamma")), "aclnnAddRmsNorm",
+            (gamma_fits("x1"), same_dtype("x1", "x2", "gamma")), ("aclnnAddRmsNorm",),
         ),
-        Call(SCHEMAS["npu::npu_swiglu"], swiglu, "A", DOCS, (_even,), "aclnnSwiGlu"),
+        Call(SCHEMAS["npu::npu_swiglu"], swiglu, "A", DOCS, (_even,), ("aclnnSwiGlu",)),
         Call(
             SCHEMAS["npu::npu_mrope"], mrope, "A", DOCS,
             (
@@ -302,12 +303,12 @@ CONTRACT = Contract(
                 one_of("cache_mode", ("default", "interleave")),
                 _mrope,
             ),
-            "aclnnRopeWithSinCosCache",
+            ("aclnnRopeWithSinCosCacheV2",),
         ),
         Call(
             SCHEMAS["npu::npu_rotary_mul"], rotary_mul, "A", DOCS,
             (same_dtype("input", "r1", "r2"), one_of("rotary_mode", ("half", "interleave"))),
-            "aclnnRotaryPositionEmbedding",
+            ("aclnnRotaryPositionEmbeddingV2", "aclnnMul"),
         ),
         Call(
             SCHEMAS["npu::npu_scatter_pa_kv_cache"], scatter_pa_kv_cache, "A", DOCS,
@@ -318,7 +319,7 @@ CONTRACT = Contract(
                 _norm_cache,
                 _slots("slot_mapping", 1),
             ),
-            "aclnnScatterPaKvCache",
+            ("aclnnScatterPaKvCache",),
         ),
         Call(
             SCHEMAS["atb::_npu_reshape_and_cache"], reshape_and_cache, "A", "vllm-ascend",
@@ -328,7 +329,7 @@ CONTRACT = Contract(
                 _nz_cache,
                 _slots("slot_indices", 2),
             ),
-            "atb::ReshapeAndCache",
+            ("atb::ReshapeAndCache",),
             also=("torch_npu._npu_reshape_and_cache",),
         ),
         Call(
@@ -338,11 +339,11 @@ CONTRACT = Contract(
                 contiguous("query", "key", "value"),
                 _attention_shapes, _attention_lengths, _attention_mask,
             ),
-            "aclnnFusedInferAttentionScoreV3",
+            ("aclnnFusedInferAttentionScoreV3",),
         ),
         Call(
             SCHEMAS["npu::npu_attention_update"], attention_update, "A", "ops-transformer docs",
-            (_update,), "aclnnAttentionUpdate",
+            (_update,), ("aclnnAttentionUpdate",),
         ),
     ),
 )  # fmt: skip

@@ -1,0 +1,219 @@
+"""Import torch_npu over the fake CANN, and fill in what its kernels would have computed.
+
+It belongs into a process of its own, as torch_npu renames torch's third device and patches torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sagellm.backends.ascend.contract import CONTRACT
+from sagellm.backends.aten.cache import DeviceCache
+from sagellm.backends.contract import Call, Contract
+from sagellm.conformance.fake_cann.build import MAIN, build
+from sagellm.conformance.stand_in import ContractBroken, checked
+from sagellm.engine.core import EngineCore
+
+SOCS = {"910B": "Ascend910B3", "910C": "Ascend910_9391", "310P": "Ascend310P3", "950": "Ascend950PR_9599"}
+"""The name of each chip as CANN gives it."""
+HOST_SIDE = {
+    "aten::_local_scalar_dense",
+    "aten::_to_copy",
+    "aten::_unsafe_view",
+    "aten::copy_",
+    "aten::resize_",
+    "aten::set_",
+}
+"""What needs no kernel: copies between memories, views, and allocation."""
+FACTORIES = ("aten::empty", "aten::new_empty")
+
+
+def load(chip: str = "910B", devices: int = 1) -> ctypes.CDLL:
+    """Import torch_npu, with so many devices of this chip; the library that holds the trace. Raises `Unavailable`."""
+    wheel, libraries = build()
+    os.environ |= {
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "TASK_QUEUE_ENABLE": "0",
+        "SAGELLM_FAKE_DEVICES": str(devices),
+        "SAGELLM_FAKE_SOC": SOCS[chip],
+    }
+    main = ctypes.CDLL(str(libraries / MAIN), ctypes.RTLD_GLOBAL)
+    for library in sorted(libraries.glob("*.so")):
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    sys.path.insert(0, str(wheel))
+    import torch_npu  # noqa: F401
+
+    main.sagellm_trace.restype = ctypes.c_char_p
+    return main
+
+
+def host(x: Any) -> Any:
+    """A CPU tensor over the same bytes: the device's memory is the host's."""
+    if not isinstance(x, Tensor) or x.device.type != "npu":
+        return x
+    storage = x.untyped_storage()
+    if storage.nbytes() == 0:
+        return torch.empty(x.shape, dtype=x.dtype)
+    raw = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    return torch.frombuffer(raw, dtype=torch.uint8).view(x.dtype).as_strided(
+        x.shape, x.stride(), x.storage_offset()
+    )  # fmt: skip
+
+
+@define
+class Seen:
+    """What the vendor's host code did."""
+
+    kernels: Counter[str] = field(factory=Counter)
+    """Kernels launched, by name."""
+    calls: Counter[str] = field(factory=Counter)
+    """Vendor calls, by name."""
+    wrong: list[str] = field(factory=list)
+    """Kernels that are not those promised, results of another shape than the vendor's, and operators that the host
+    code leaves to the CPU."""
+    shapes: int = 0
+    """Calls whose results were compared with the vendor's own shape inference."""
+
+
+class References(TorchDispatchMode):
+    """Each operator goes through torch_npu's host code, and then its result is computed by a reference: the
+    contract's for vendor calls, else torch's own CPU kernel."""
+
+    def __init__(self, contract: Contract, library: ctypes.CDLL):
+        super().__init__()
+        self._contract, self._library, self.seen = contract, library, Seen()
+        self._inferred: set[tuple] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = operator._schema.name
+        call = self._contract.find(name)
+        if call is None and _is_view(operator) and operator._can_decompose():
+            with self:  # what is a view or a copy, such as `to` and `flatten`, as the one that it is here
+                return operator.decompose(*args, **kwargs)
+        self._library.sagellm_trace_clear()
+        out = operator(*args, **kwargs)
+        if not any(
+            isinstance(x, Tensor) and x.device.type == "npu" for x in pytree.tree_leaves((args, kwargs, out))
+        ):
+            return out
+        launched = [line.partition(" ")[0] for line in self._library.sagellm_trace().decode().splitlines()]
+        self.seen.kernels.update(launched)
+        if call is None and _is_view(operator):
+            return out
+        self._check(name, call, launched, out)
+
+        def plain(x):
+            return torch.device("cpu") if isinstance(x, torch.device) else host(x)
+
+        some, named = pytree.tree_map(plain, (args, kwargs))
+        if call is not None:
+            self.seen.calls[call.name] += 1
+            result = checked(call, some, named)
+            self._check_shapes(operator, call, args, kwargs, result)
+        else:
+            result = operator(*some, **named)
+        for device, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(result)):
+            if isinstance(device, Tensor) and isinstance(value, Tensor):
+                if device.shape != value.shape or device.dtype != value.dtype:
+                    raise ContractBroken(
+                        "shape", name, f"{_shape(device)} of the host code, {_shape(value)} of the reference"
+                    )
+                if device.numel():
+                    host(device).copy_(value)
+        return out
+
+    def _check(self, name: str, call: Call | None, launched: list[str], out) -> None:
+        if call is not None:
+            # ATB makes an operation once and keeps it.
+            made = [k for k in call.kernels if k.startswith("atb::") and self.seen.kernels[k]]
+            if not made and not set(call.kernels) & set(launched):
+                self._wrong(f"{name} launched {launched}; promised: {' or '.join(call.kernels)}")
+        elif not launched and not (name in HOST_SIDE or name.startswith(FACTORIES)):
+            some = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+            if any(x.numel() for x in some):
+                self._wrong(f"{name} launched no kernel: it would run on the CPU")
+
+    def _check_shapes(self, operator, call: Call, args, kwargs, result) -> None:
+        """The vendor's own shape inference, once for every form of a call."""
+        form = call.name, str(pytree.tree_map(_shape, (args, kwargs)))
+        if form in self._inferred or not torch._C._dispatch_has_kernel_for_dispatch_key(
+            operator.name(), "Meta"
+        ):
+            return
+        self._inferred.add(form)
+
+        def meta(x):
+            return (
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+                if isinstance(x, Tensor)
+                else x
+            )
+
+        some, named = pytree.tree_map(meta, (args, kwargs))
+        theirs, ours = (
+            [_shape(x) for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+            for out in (operator(*some, **named), result)
+        )
+        self.seen.shapes += 1
+        used = [i for i, x in enumerate(pytree.tree_leaves(result)) if isinstance(x, Tensor) and x.numel()]
+        if any(theirs[i] != ours[i] for i in used):  # what is not asked for has any shape
+            self._wrong(
+                f"{call.name} gives {theirs} by the vendor's shape inference, {ours} by the reference"
+            )
+
+    def _wrong(self, said: str) -> None:
+        if said not in self.seen.wrong:
+            self.seen.wrong.append(said)
+
+
+def _is_view(operator) -> bool:
+    returns = operator._schema.returns
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _shape(x: Any) -> Any:
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, Tensor) else x
+
+
+@contextmanager
+def fake_ascend(chip: str = "910B") -> Iterator[Seen]:
+    """Engines for `ascend` made inside run on the fake device, in whatever thread; what the host code did.
+
+    Raises `Unavailable`. torch_npu stays loaded afterwards.
+    """
+    references = References(CONTRACT, load(chip))
+
+    def on_device(method):
+        def inside(*args, **kwargs):
+            with references:
+                return method(*args, **kwargs)
+
+        return inside
+
+    methods = [
+        (EngineCore, "__init__"),
+        (EngineCore, "advance"),
+        (DeviceCache, "read"),
+        (DeviceCache, "write"),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name in methods]
+    for owner, name, method in before:
+        setattr(owner, name, on_device(method))
+    try:
+        yield references.seen
+    finally:
+        for owner, name, method in before:
+            setattr(owner, name, method)
