@@ -68,6 +68,8 @@ class EngineConfig:
     """GiB of host memory for KV blocks that leave the device; 0 computes them again instead."""
     prefix_caching: bool = field(default=True, validator=checks.flag)
     """Keep the KV blocks of finished sequences for prompts that begin alike."""
+    enforce_eager: bool = field(default=False, validator=checks.flag)
+    """Launch every step call by call, without captured graphs, where the backend has some."""
     core: str = field(default="inline", validator=checks.one_of(("inline", "process")))
     """Where the engine's core runs: inline in the caller's process, or in a process of its own."""
     max_restarts: int = field(default=3, validator=checks.whole(0))

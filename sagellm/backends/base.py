@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,6 +79,10 @@ class Backend(ABC):
     @abstractmethod
     def emit(self, graph: IRGraph, name: str) -> Program:
         """Model graph, sampler and weights program as Python source."""
+
+    def captured(self, function: Callable, kinds: tuple[str, ...]) -> Callable:
+        """A function of the model for rows of these kinds, so that it is launched as a whole where the device can."""
+        return function
 
     @abstractmethod
     def make_cache(self, schema: KVCacheSchema, blocks: int) -> KVCache:

@@ -38,6 +38,7 @@ class EngineCore(Planner):
         super().__init__(config)
         self.counters, self.times, self.trials = Counters(), Times(), Trials()
         self._counted: set[tuple[str, ...]] = set()
+        self._captured: dict[tuple[str, tuple[str, ...]], Callable] = {}
         compiled, ranks = self.rank_program(), config.tensor_parallel
         self.ranks = Ranks(self) if ranks > 1 else None
         self.weights: SimpleNamespace = load_weights(
@@ -71,7 +72,11 @@ class EngineCore(Planner):
         if words not in self._counted:
             self._counted.add(words)
             self.counters.remarks.update((r.pass_name, r.done) for r in compiled.remarks)
-        return compiled.program[name]
+        if self.config.enforce_eager or self.ranks is not None:
+            return compiled.program[name]
+        if (name, words) not in self._captured:
+            self._captured[name, words] = self.backend.captured(compiled.program[name], words)
+        return self._captured[name, words]
 
     def close(self) -> None:
         """End the other ranks, if there are any."""

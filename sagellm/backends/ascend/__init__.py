@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.util import find_spec
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sagellm.backends.ascend import codegen, kernels
 from sagellm.backends.ascend.columns import AscendRows
+from sagellm.backends.ascend.graphs import CapturedDecodes
 from sagellm.backends.aten import TorchBackend
 from sagellm.backends.aten.cache import NHD, NZ
 from sagellm.backends.contract import Contract
@@ -72,6 +73,11 @@ class AscendBackend(TorchBackend):
     @cached_property
     def causal_mask(self) -> Tensor:
         return kernels.causal_mask(self.device)
+
+    def captured(self, function: Callable, kinds: tuple[str, ...]) -> Callable:
+        """Decodes alone; the attention over NZ caches is not one call whose lengths can be given anew."""
+        capturable = kinds == ("decode",) and self.device == "npu" and self.layout == NHD
+        return CapturedDecodes(function) if capturable else function
 
     def upload(self, rows: Rows, block_size: int) -> AscendRows:
         return AscendRows(rows, block_size, self.device, self.causal_mask)

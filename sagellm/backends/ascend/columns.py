@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from sagellm.backends.aten.columns import AtenRows
@@ -13,28 +14,37 @@ from sagellm.rows import Rows
 
 
 class AscendRows:
-    """B sequences: those that decode, then those with prompts; T tokens.
+    """B sequences: those that decode, then those with prompts; T tokens. Each column goes to the device on first use.
 
     Lengths of the queries are cumulative and those of the cached keys are not, as the paged attention wants them.
     """
 
+    tokens: Tensor
+    positions: Tensor
+    lengths: Tensor
+    outputs: Tensor
+    numbers: Tensor
+    """int64 [T] 0, 1, 2 ..."""
+    kv_source: Tensor
+    slots: Tensor
+    """int32 [T + E]"""
+    block_table: Tensor
+    """int32 [B, blocks of the longest]"""
+
     def __init__(self, rows: Rows, block_size: int, device: str, causal_mask: Tensor):
-        self._rows, self._device = rows, device
+        self.rows, self._device = rows, device
         self.block_size, self.causal_mask = block_size, causal_mask
-        self.tokens, self.positions, self.lengths, self.outputs = map(
-            self._put, (rows.tokens, rows.positions, rows.lengths, rows.outputs)
-        )
-        self.slots = self._put(rows.slots.astype(np.int32))
-        self.numbers = self._put(np.arange(len(rows.tokens)))
-        """int64 [T] 0, 1, 2 ..."""
-        source = np.arange(len(rows.tokens)) if rows.kv_source is None else rows.kv_source
-        self.kv_source = self._put(source)
         decodes = len(rows.decode_lengths)
         ends = np.concatenate([np.arange(1, decodes + 1), rows.prefill_offsets[1:]])
-        self.query_ends = ends.tolist()
-        self.kv_lengths = np.concatenate([rows.decode_lengths, rows.prefill_lengths]).tolist()
-        self.block_table = self._put(_stacked(rows.decode_blocks, rows.prefill_blocks))
-        """int32 [B, blocks of the longest]"""
+        self.query_ends: list[int] = ends.tolist()
+        self.kv_lengths: list[int] = np.concatenate([rows.decode_lengths, rows.prefill_lengths]).tolist()
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in AscendRows.__annotations__:
+            raise AttributeError(name)
+        value = self._put(column(self.rows, name))
+        setattr(self, name, value)
+        return value
 
     def _put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
@@ -42,11 +52,48 @@ class AscendRows:
     @cached_property
     def aten(self) -> AtenRows:
         """The columns as kernels in stock torch read them."""
-        return AtenRows(self._rows, self.block_size, self._device)
+        return AtenRows(self.rows, self.block_size, self._device)
 
     @cached_property
     def cohorts(self) -> Cohorts:
-        return Cohorts(self._rows, self.block_size, self._put)
+        return Cohorts(self.rows, self.block_size, self._put)
+
+    def fill(self, rows: Rows) -> None:
+        """Other rows of the same shapes, in the memory that the columns lie in."""
+        for name in AscendRows.__annotations__:
+            if name in vars(self):
+                vars(self)[name].copy_(torch.from_numpy(column(rows, name)), non_blocking=True)
+        self.rows, self.kv_lengths = rows, rows.decode_lengths.tolist()
+
+
+def column(rows: Rows, name: str) -> np.ndarray:
+    match name:
+        case "slots":
+            return rows.slots.astype(np.int32)
+        case "numbers":
+            return np.arange(len(rows.tokens))
+        case "kv_source":
+            return np.arange(len(rows.tokens)) if rows.kv_source is None else rows.kv_source
+        case "block_table":
+            return _stacked(rows.decode_blocks, rows.prefill_blocks)
+    return getattr(rows, name)
+
+
+def padded(rows: Rows, size: int, width: int) -> Rows:
+    """Decodes filled up to `size`, their block tables to `width`, by sequences of one token in block 0, which is
+    nobody's; they write into slots of their own there."""
+    more = size - len(rows.tokens)
+    wider = ((0, more), (0, width - rows.decode_blocks.shape[1]))
+    return evolve(
+        rows,
+        tokens=np.pad(rows.tokens, (0, more)),
+        positions=np.pad(rows.positions, (0, more)),
+        lengths=np.pad(rows.lengths, (0, more), constant_values=1),
+        slots=np.concatenate([rows.slots, np.arange(more)]),
+        outputs=np.arange(size),
+        decode_blocks=np.pad(rows.decode_blocks, wider),
+        decode_lengths=np.pad(rows.decode_lengths, (0, more), constant_values=1),
+    )
 
 
 class Cohorts:

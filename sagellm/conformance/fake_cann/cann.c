@@ -135,6 +135,9 @@ Error aclQueryEventWaitStatus(void *event, int *status) { *status = 0; return 0;
 /* Captured graphs */
 static int capturing;
 static void *captured;
+int sagellm_capturing(void) { return capturing; }
+static int updating;
+int sagellm_updating(void) { return updating; }
 Error aclmdlRICaptureGetInfo(void *stream, int *status, void **graph) {
     if (status) *status = capturing;
     if (graph) *graph = captured;
@@ -161,8 +164,16 @@ Error aclmdlRICaptureTaskGrpEnd(void *stream, void **handle) {
     note("aclmdlRICaptureTaskGrpEnd");
     return 0;
 }
-Error aclmdlRICaptureTaskUpdateBegin(void *stream, void *handle) { note("aclmdlRICaptureTaskUpdateBegin"); return 0; }
-Error aclmdlRICaptureTaskUpdateEnd(void *stream) { note("aclmdlRICaptureTaskUpdateEnd"); return 0; }
+Error aclmdlRICaptureTaskUpdateBegin(void *stream, void *handle) {
+    updating = 1;
+    note("aclmdlRICaptureTaskUpdateBegin");
+    return 0;
+}
+Error aclmdlRICaptureTaskUpdateEnd(void *stream) {
+    updating = 0;
+    note("aclmdlRICaptureTaskUpdateEnd");
+    return 0;
+}
 
 /* Arguments of kernels: what aclCreate* gives out is remembered, so that a kernel tells which of its words are such. */
 enum { TENSOR = 1, LIST, INTEGERS, SCALAR };

@@ -37,6 +37,11 @@ HOST_SIDE = {
     "aten::set_",
 }
 """What needs no kernel: copies between memories, views, and allocation."""
+NO_RESULT = {
+    "npu::_npu_fused_infer_attention_score_get_max_workspace",
+    "npu::_npu_fused_infer_attention_score_infer_output",
+}
+"""Calls that make room for results; a captured attention wants them."""
 FACTORIES = ("aten::empty", "aten::new_empty")
 
 
@@ -95,6 +100,9 @@ class References(TorchDispatchMode):
         super().__init__()
         self._contract, self._library, self.seen = contract, library, Seen()
         self._inferred: set[tuple] = set()
+        self._captured: list[tuple] = []
+        self._updated: dict[int, dict] = {}
+        """Arguments of captured calls that can be updated, by the address of their first result."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -111,9 +119,19 @@ class References(TorchDispatchMode):
             return out
         launched = [line.partition(" ")[0] for line in self._library.sagellm_trace().decode().splitlines()]
         self.seen.kernels.update(launched)
-        if call is None and _is_view(operator):
+        if (call is None and _is_view(operator)) or name in NO_RESULT:
             return out
         self._check(name, call, launched, out)
+        if self._library.sagellm_updating():
+            self._updated[kwargs["out"][0].data_ptr()].update(kwargs)
+        elif self._library.sagellm_capturing():
+            self._record(operator, call, args, dict(kwargs), out)
+        else:
+            self._compute(operator, call, args, kwargs, out)
+        return out
+
+    def _compute(self, operator, call: Call | None, args, kwargs, out) -> None:
+        """Fill the results in."""
 
         def plain(x):
             return torch.device("cpu") if isinstance(x, torch.device) else host(x)
@@ -121,19 +139,37 @@ class References(TorchDispatchMode):
         some, named = pytree.tree_map(plain, (args, kwargs))
         if call is not None:
             self.seen.calls[call.name] += 1
-            result = checked(call, some, named)
-            self._check_shapes(operator, call, args, kwargs, result)
+            given = {k: v for k, v in named.items() if k not in ("workspace", "out")}
+            result = checked(call, some, given)
+            if "out" not in named:
+                self._check_shapes(operator, call, args, kwargs, result)
         else:
             result = operator(*some, **named)
         for device, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(result)):
-            if isinstance(device, Tensor) and isinstance(value, Tensor):
+            if isinstance(device, Tensor) and isinstance(value, Tensor) and value.numel():
                 if device.shape != value.shape or device.dtype != value.dtype:
-                    raise ContractBroken(
-                        "shape", name, f"{_shape(device)} of the host code, {_shape(value)} of the reference"
-                    )
-                if device.numel():
-                    host(device).copy_(value)
-        return out
+                    reason = f"{_shape(device)} of the host code, {_shape(value)} of the reference"
+                    raise ContractBroken("shape", operator.name(), reason)
+                host(device).copy_(value)
+
+    def _record(self, operator, call: Call | None, args, kwargs, out) -> None:
+        """Nothing is computed while a graph is captured; results are not numbers until it is replayed."""
+        for x in pytree.tree_leaves(out):
+            if isinstance(x, Tensor) and x.numel() and x.is_floating_point() and call is not None:
+                host(x).fill_(float("nan"))
+        self._captured.append((operator, call, args, kwargs, out))
+        if "out" in kwargs:
+            self._updated[kwargs["out"][0].data_ptr()] = kwargs
+
+    def captured(self) -> list[tuple]:
+        """What was recorded since it was asked last."""
+        some, self._captured = self._captured, []
+        return some
+
+    def replay(self, recorded: list[tuple]) -> None:
+        """Compute it all again."""
+        for one in recorded:
+            self._compute(*one)
 
     def _check(self, name: str, call: Call | None, launched: list[str], out) -> None:
         if call is not None:
@@ -203,17 +239,30 @@ def fake_ascend(chip: str = "910B") -> Iterator[Seen]:
 
         return inside
 
-    methods = [
-        (EngineCore, "__init__"),
-        (EngineCore, "advance"),
-        (DeviceCache, "read"),
-        (DeviceCache, "write"),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name in methods]
-    for owner, name, method in before:
-        setattr(owner, name, on_device(method))
+    def capture_end(graph):
+        before[torch.npu.NPUGraph, "capture_end"](graph)
+        graph.recorded = references.captured()
+
+    def replay(graph):
+        before[torch.npu.NPUGraph, "replay"](graph)
+        if not graph.auto_dispatch_capture:
+            references.replay(graph.recorded)
+
+    def update(graph, cpu_update_input):
+        """The graph waits for this before its attention."""
+        before[torch.npu.NPUGraph, "update"](graph, cpu_update_input)
+        references.replay(graph.recorded)
+
+    core = [(EngineCore, "__init__"), (EngineCore, "advance"), (DeviceCache, "read"), (DeviceCache, "write")]
+    graphs = {"capture_end": capture_end, "replay": replay, "update": update}
+    before = {(owner, name): getattr(owner, name) for owner, name in core}
+    before |= {(torch.npu.NPUGraph, name): getattr(torch.npu.NPUGraph, name) for name in graphs}
     try:
+        for owner, name in core:
+            setattr(owner, name, on_device(before[owner, name]))
+        for name, method in graphs.items():
+            setattr(torch.npu.NPUGraph, name, method)
         yield references.seen
     finally:
-        for owner, name, method in before:
+        for (owner, name), method in before.items():
             setattr(owner, name, method)
