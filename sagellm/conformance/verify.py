@@ -143,7 +143,10 @@ def verify_host_code(target: str, folder: Path | None = None) -> Iterator[Findin
             yield Finding(
                 "shape", "all", True, f"{seen.shapes} forms of calls agree with the vendor's inference"
             )
-            kernels = f"{len(seen.kernels)} kinds of kernels, none of an operator left to the CPU"
+            kernels = (
+                f"{len(seen.kernels)} kinds of kernels, none of an operator left to the CPU; {seen.replays} replays of "
+                "captured graphs"
+            )
             yield Finding("trace", "all", not wrong, "; ".join(wrong) or kernels)
     except Unavailable as error:
         yield Finding("trace", "all", True, f"NOT CHECKED: {error}")

@@ -42,6 +42,8 @@ NO_RESULT = {
     "npu::_npu_fused_infer_attention_score_infer_output",
 }
 """Calls that make room for results; a captured attention wants them."""
+DATA_DEPENDENT = {"aten::nonzero"}
+"""Results whose shape the kernel tells, which here computes none."""
 FACTORIES = ("aten::empty", "aten::new_empty")
 
 
@@ -88,6 +90,8 @@ class Seen:
     wrong: list[str] = field(factory=list)
     """Kernels that are not those promised, results of another shape than the vendor's, and operators that the host
     code leaves to the CPU."""
+    replays: int = 0
+    """Captured graphs that were launched."""
     shapes: int = 0
     """Calls whose results were compared with the vendor's own shape inference."""
 
@@ -127,11 +131,11 @@ class References(TorchDispatchMode):
         elif self._library.sagellm_capturing():
             self._record(operator, call, args, dict(kwargs), out)
         else:
-            self._compute(operator, call, args, kwargs, out)
+            return self._compute(operator, call, args, kwargs, out)
         return out
 
-    def _compute(self, operator, call: Call | None, args, kwargs, out) -> None:
-        """Fill the results in."""
+    def _compute(self, operator, call: Call | None, args, kwargs, out):
+        """Fill the results in; gives them."""
 
         def plain(x):
             return torch.device("cpu") if isinstance(x, torch.device) else host(x)
@@ -145,12 +149,15 @@ class References(TorchDispatchMode):
                 self._check_shapes(operator, call, args, kwargs, result)
         else:
             result = operator(*some, **named)
+        if operator._schema.name in DATA_DEPENDENT:
+            return torch.empty(result.shape, dtype=result.dtype, device="npu").copy_(result)
         for device, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(result)):
             if isinstance(device, Tensor) and isinstance(value, Tensor) and value.numel():
                 if device.shape != value.shape or device.dtype != value.dtype:
                     reason = f"{_shape(device)} of the host code, {_shape(value)} of the reference"
                     raise ContractBroken("shape", operator.name(), reason)
                 host(device).copy_(value)
+        return out
 
     def _record(self, operator, call: Call | None, args, kwargs, out) -> None:
         """Nothing is computed while a graph is captured; results are not numbers until it is replayed."""
@@ -168,6 +175,7 @@ class References(TorchDispatchMode):
 
     def replay(self, recorded: list[tuple]) -> None:
         """Compute it all again."""
+        self.seen.replays += 1
         for one in recorded:
             self._compute(*one)
 
