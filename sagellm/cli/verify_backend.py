@@ -14,7 +14,12 @@ from sagellm.models.hub import resolve
 @click.command("verify-backend")
 @click.argument("target")
 @click.option("--model", help="A model's folder or name.  [default: small random models of each family]")
-def verify_backend(target: str, model: str | None) -> None:
+@click.option(
+    "--mutations",
+    type=click.IntRange(1, 100_000),
+    help="Instead, put so many random errors into emitted programs and count those that are caught.",
+)
+def verify_backend(target: str, model: str | None, mutations: int | None) -> None:
     """Check a vendor's backend, such as ascend or ascend:310P, without its chip.
 
     Every call that the engine makes is bound to the vendor's schema, checked by the rules of its hardware, and
@@ -24,9 +29,12 @@ def verify_backend(target: str, model: str | None) -> None:
     """
     contract = contract_of(target)
     folder = str(resolve(model)) if model else ""
+    runs = [("stand_in", folder), ("host_code", folder)] if contract.host_code else [("stand_in", folder)]
+    if mutations is not None:
+        runs = [("mutations", str(mutations))]
     failed = 0
-    for layers in ("stand_in", "host_code") if contract.host_code else ("stand_in",):
+    for layers, argument in runs:
         code = "import sys; from sagellm.conformance.verify import main; sys.exit(main(*sys.argv[1:]))"
-        command = [sys.executable, "-W", "ignore", "-c", code, layers, target, folder]
+        command = [sys.executable, "-W", "ignore", "-c", code, layers, target, argument]
         failed |= subprocess.run(command, check=False).returncode
     raise SystemExit(failed)

@@ -8,6 +8,7 @@ too small for all.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,10 @@ from sagellm.target import CostModel, StepCost
 
 FREE_CALLS = CostModel(call=0, source="so that passes act on small batches")
 KINDS = ("decode", "prefill", "shared", "cascade", "tree")
+
+
+Watch = Callable[[EngineCore, tuple[str, ...], Callable], Callable]
+"""(core, kinds of rows, function of the model) -> the function to call."""
 
 
 class SmallCore(EngineCore):
@@ -48,8 +53,8 @@ class Transcript:
     reused: int = 0
 
 
-def run(target: str, folder: Path, dtype: str, **settings) -> Transcript:
-    """Serve the scenario's requests with a backend."""
+def run(target: str, folder: Path, dtype: str, *, watch: Watch | None = None, **settings) -> Transcript:
+    """Serve the scenario's requests with a backend. `watch` may wrap the functions of the model."""
     config = EngineConfig(
         model=str(folder),
         target=target,
@@ -90,9 +95,10 @@ def run(target: str, folder: Path, dtype: str, **settings) -> Transcript:
     functions = core.executor.functions
 
     def counting(name, words):
-        if name != "sample":
-            told.kinds[words] += 1
-        return functions(name, words)
+        if name == "sample":
+            return functions(name, words)
+        told.kinds[words] += 1
+        return watch(core, words, functions(name, words)) if watch else functions(name, words)
 
     core.executor.functions = counting
     for most, prompts in waves:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from attrs import define
 
 from sagellm import backends
 from sagellm.backends.contract import CONFIDENCE, Contract
-from sagellm.conformance import models, scenario, stand_in
+from sagellm.conformance import models, mutations, scenario, stand_in
 from sagellm.errors import UserError
 
 EXACT = 1e-5
@@ -20,6 +21,8 @@ EXACT = 1e-5
 ROUNDED = 1.25
 """In the model's own type: mean distance from float32, as a part of the CPU's."""
 
+CAUGHT = 0.95
+"""Least part of the errors that has to be caught."""
 APART = {"bfloat16": 2e-2, "float16": 2.5e-3}
 """Mean distance of logits from the CPU backend's in the same type, as a part of the largest: some roundings."""
 
@@ -154,12 +157,34 @@ def verify_host_code(target: str, folder: Path | None = None) -> Iterator[Findin
         yield Finding(error.layer, "all", False, str(error))
 
 
-def main(layers: str, target: str, folder: str) -> int:
-    """Print the findings of `stand_in` or `host_code`; 1 if one is a failure."""
+def mutate(target: str, count: int) -> Iterator[Finding]:
+    """How many of so many random errors in emitted programs are caught, and which are not."""
+    contract = contract_of(target)
+    stand_in.install(contract)
+    vendor = type(backends.load(target))
+    vendor.device, vendor.widened = "cpu", True
+    by: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = models.write_model(Path(scratch) / "qwen3", "qwen3", rms_norm_eps=1e-2)  # so that it counts
+        for mutant, layer in mutations.judge(target, folder, count):
+            by[layer or "none"] += 1
+            if layer is None:
+                yield Finding("mutation", "+".join(mutant.kinds), True, f"not caught: {mutant.what}")
+    found = ", ".join(f"{layer} {n}" for layer, n in by.most_common() if layer != "none")
+    passed = count - by["none"] >= CAUGHT * count
+    yield Finding("mutation", "all", passed, f"{count - by['none']} of {count} errors caught ({found})")
+
+
+def main(layers: str, target: str, argument: str) -> int:
+    """Print the findings of `stand_in` or `host_code` over a folder, or of so many `mutations`; 1 if one is bad."""
     torch.set_num_threads(1)
-    check = {"stand_in": verify, "host_code": verify_host_code}[layers]
+    if layers == "mutations":
+        findings = mutate(target, int(argument))
+    else:
+        check = {"stand_in": verify, "host_code": verify_host_code}[layers]
+        findings = check(target, Path(argument) if argument else None)
     good = True
-    for finding in check(target, Path(folder) if folder else None):
+    for finding in findings:
         print(finding, flush=True)
         good &= finding.ok
     return 0 if good else 1

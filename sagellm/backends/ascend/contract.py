@@ -128,6 +128,19 @@ def attention_update(lse: list[Tensor], local_out: list[Tensor], update_type: in
     return joined, total if update_type else total.new_empty(0)
 
 
+def top_k_top_p(logits: Tensor, p: Tensor | None, k: Tensor | None) -> Tensor:
+    """What is left out is -inf: all but the k largest, then the least likely whose sum stays within 1 - p."""
+    values, order = logits.sort(dim=-1, stable=True)
+    if k is not None:
+        first = values.shape[1] - k.long()[:, None]
+        values = values.masked_fill(torch.arange(values.shape[1]) < first, float("-inf"))
+    if p is not None:
+        surplus = values.float().softmax(-1).cumsum(-1) <= 1 - p.float()[:, None]
+        surplus[:, -1] = False
+        values = values.masked_fill(surplus, float("-inf"))
+    return torch.empty_like(logits).scatter_(1, order, values)
+
+
 # rules: what CANN refuses on the chip although the host code lets it pass
 
 
@@ -280,6 +293,18 @@ def _update(a) -> str | None:
     return None if a.update_type in (0, 1) else f"update_type is {a.update_type}; accepted: 0, 1"
 
 
+def _filters(a) -> str | None:
+    rows = a.logits.shape[:1]
+    if a.p is None or a.k is None or a.p.shape != rows or a.k.shape != rows:
+        return "p and k; accepted: one of each for every row of logits"
+    if a.k.dtype != torch.int32 or a.p.dtype != a.logits.dtype:
+        return f"p of {a.p.dtype} and k of {a.k.dtype}; accepted: p as the logits, k int32"
+    least, most = int(a.k.min()), int(a.k.max())
+    if not 1 <= least <= most <= min(1024, a.logits.shape[1]):
+        return f"k from {least} to {most}; accepted: 1 to 1024, at most the vocabulary"
+    return None
+
+
 SCHEMAS = read_schemas("sagellm.backends.ascend")
 
 CONTRACT = Contract(
@@ -344,6 +369,9 @@ CONTRACT = Contract(
         Call(
             SCHEMAS["npu::npu_attention_update"], attention_update, "A", "ops-transformer docs",
             (_update,), ("aclnnAttentionUpdate",),
+        ),
+        Call(
+            SCHEMAS["npu::npu_top_k_top_p"], top_k_top_p, "A", DOCS, (_filters,), ("aclnnApplyTopKTopP",),
         ),
     ),
 )  # fmt: skip
