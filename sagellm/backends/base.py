@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sagellm.backends import chips, devices
+from sagellm.backends.chips import Chip, Vendor
 from sagellm.backends.comm import CommBackendProtocol, Gloo
 from sagellm.backends.contract import Contract
 from sagellm.backends.plan import Program
@@ -48,9 +50,19 @@ class Backend(ABC):
     name: str
 
     @property
+    def vendor(self) -> Vendor | None:
+        """Whose devices it is for, and how they are found; None: it needs none of its own."""
+        return chips.vendor(self.name) if self.name in chips.NAMES else None
+
+    @property
     def available(self) -> bool:
         """Whether its device is on this machine."""
-        return True
+        return self.vendor is None or devices.probe(self.vendor).found
+
+    @property
+    def silicon(self) -> Chip | None:
+        """The chip that programs are for; None: no limits are known beside `capability`."""
+        return None
 
     @property
     @abstractmethod
@@ -95,3 +107,12 @@ class Backend(ABC):
     @abstractmethod
     def upload(self, rows: Rows, block_size: int) -> Any:
         """The step's columns as the emitted code reads them."""
+
+
+def require_device(backend: Backend) -> None:
+    """That its device is on this machine. Raises `UserError`: what is missing, and the command that installs it."""
+    if backend.vendor is None or backend.capability.device == "cpu":
+        return
+    probe = devices.probe(backend.vendor)
+    if not probe.found:
+        raise probe.refusal()

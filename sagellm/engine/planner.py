@@ -63,6 +63,9 @@ class Planner:
             self.kv_schema, num_kv_heads=max(1, self.kv_schema.num_kv_heads // config.tensor_parallel)
         )
         """The part of the KV cache that one rank holds."""
+        if (chip := self.backend.silicon) is not None:
+            schema = self.kv_schema
+            chip.check(self.dtype, schema.head_dim, schema.dtype, schema.block_size)
         self._check_ranks()
         self.compiler = Compiler(
             self.model,
