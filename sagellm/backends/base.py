@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sagellm.backends import chips, devices
+from sagellm.backends import chips, devices, networks
 from sagellm.backends.chips import Chip, Vendor
 from sagellm.backends.comm import CommBackendProtocol, Gloo
 from sagellm.backends.contract import Contract
@@ -102,7 +102,9 @@ class Backend(ABC):
 
     def make_comm(self, port: int, rank: int, ranks: int) -> CommBackendProtocol:
         """This rank's collectives with the others, which meet at a store on this machine's `port`."""
-        return Gloo(port, rank, ranks)
+        if self.vendor is None or self.capability.device == "cpu":
+            return Gloo(port, rank, ranks)
+        return networks.connect(self.vendor, port, rank, ranks)
 
     @abstractmethod
     def upload(self, rows: Rows, block_size: int) -> Any:
