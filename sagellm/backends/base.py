@@ -77,7 +77,7 @@ class Backend(ABC):
     @property
     def topology(self) -> Topology:
         """How the devices of several ranks are joined."""
-        return TOPOLOGIES["gloo"]
+        return TOPOLOGIES["gloo" if self.vendor is None else self.vendor.topology]
 
     def put(self, array: np.ndarray) -> Tensor:
         """These values on its device; on the CPU the tensor may share memory with the array."""

@@ -1,4 +1,4 @@
-"""The vendors' collectives are chosen by vendor, not by torch's name: real ones by gloo, others' calls on a fake network."""
+"""The vendors' collectives are chosen by vendor, not by torch's name. gloo's are real, others' calls on a fake."""
 
 import subprocess
 import sys
