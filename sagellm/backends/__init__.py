@@ -26,14 +26,14 @@ def names() -> list[str]:
 
 
 def best() -> str:
-    """The backend that auto means: a vendor's whose device is here, else the CPU.
+    """The target that auto means: a vendor's whose device is here, for its chip, else the CPU.
 
     One whose software is not installed here cannot be it, and is left out.
     """
     for name in names():
         with suppress(ImportError, OSError):
-            if name != "cpu" and load(name).available:
-                return name
+            if name != "cpu" and (backend := load(name)).available:
+                return f"{name}:{chip}" if (chip := backend.chip_here) else name
     return "cpu"
 
 

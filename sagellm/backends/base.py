@@ -15,6 +15,7 @@ from sagellm.backends.chips import Chip, Vendor
 from sagellm.backends.comm import CommBackendProtocol, Gloo
 from sagellm.backends.contract import Contract
 from sagellm.backends.plan import Program
+from sagellm.errors import UserError
 from sagellm.ir.graph import IRGraph
 from sagellm.rows import Rows
 from sagellm.schemas import KVCacheSchema
@@ -48,6 +49,8 @@ class Backend(ABC):
     """One vendor. Made without touching the device; `capability` may probe it, lazily."""
 
     name: str
+    chip: str | None = None
+    """The chip, or family of chips, that programs are for; None: it does not matter."""
 
     @property
     def vendor(self) -> Vendor | None:
@@ -60,9 +63,17 @@ class Backend(ABC):
         return self.vendor is None or devices.probe(self.vendor).found
 
     @property
+    def chip_here(self) -> str | None:
+        """What `chip` would be for this machine's device; None: it does not matter, or is not known."""
+        found = (
+            devices.probe(self.vendor).devices if self.vendor is not None and self.chip is not None else ()
+        )
+        return found[0].chip.kind if found and found[0].chip else None
+
+    @property
     def silicon(self) -> Chip | None:
-        """The chip that programs are for; None: no limits are known beside `capability`."""
-        return None
+        """What is known of `chip`; None: nothing."""
+        return None if self.vendor is None or self.chip is None else self.vendor.chip(self.chip)
 
     @property
     @abstractmethod
@@ -112,9 +123,18 @@ class Backend(ABC):
 
 
 def require_device(backend: Backend) -> None:
-    """That its device is on this machine. Raises `UserError`: what is missing, and the command that installs it."""
+    """That a device which runs its programs is on this machine.
+
+    Raises `UserError`, one line: what is missing and the command that installs it, or which chip is here instead.
+    """
     if backend.vendor is None or backend.capability.device == "cpu":
         return
     probe = devices.probe(backend.vendor)
     if not probe.found:
         raise probe.refusal()
+    chip, wanted = probe.devices[0].chip, backend.silicon
+    if chip is not None and wanted is not None and chip.kind != wanted.kind:
+        raise UserError(
+            f"device {backend.name!r} is {probe.devices[0].name} here, and the target {wanted}; "
+            f"accepted: {backend.name}:{chip.kind}"
+        )

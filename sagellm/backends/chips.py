@@ -105,8 +105,8 @@ class Chip:
     name: str
     ids: tuple[str, ...] = ()
     """Patterns of what a device calls itself, as fnmatch reads them; case does not matter."""
-    aka: tuple[str, ...] = ()
-    """Other names by which it may be asked for, as its family's."""
+    family: str = ""
+    """Chips that run the same programs, differing in size alone; by itself where none is named."""
     dtypes: Fact = field(validator=_types(FLOATS))
     """Of activations, best first."""
     quantized: Fact = field(validator=_types(DTYPE_BYTES))
@@ -126,6 +126,11 @@ class Chip:
 
     def __str__(self) -> str:
         return f"{self.vendor} {self.name}"
+
+    @property
+    def kind(self) -> str:
+        """Its family, or its name."""
+        return self.family or self.name
 
     def matches(self, ids: Iterable[str]) -> bool:
         return any(fnmatch(id_.lower(), pattern.lower()) for id_ in ids for pattern in self.ids)
@@ -168,22 +173,22 @@ class Chip:
         return {name: fact for name, fact in named.items() if fact is not None}
 
 
+def _capability(instance: object, attribute: Any, value: object) -> None:
+    checks.text(instance, attribute, value)
+    checks.one_of(CAPABILITIES)(instance, attribute, str(value).partition(":")[0])
+
+
 @frozen(kw_only=True)
 class Evidence:
     """That a capability was checked, and how."""
 
-    capability: str = field()
+    capability: str = field(validator=_capability)
     """One of CAPABILITIES; behind a colon, of what."""
     how: str = field(validator=checks.one_of(HOW))
     by: str = field(validator=checks.text)
     """The test file or command that shows it."""
     chips: tuple[str, ...] = ()
     """Empty: all of the vendor."""
-
-    @capability.validator
-    def _known(self, attribute: Any, value: object) -> None:
-        checks.text(self, attribute, value)
-        checks.one_of(CAPABILITIES)(self, attribute, str(value).partition(":")[0])
 
     def of(self, chip: str) -> bool:
         return not self.chips or chip in self.chips
@@ -238,9 +243,9 @@ class Vendor:
         )
 
     def chip(self, name: str) -> Chip:
-        """By its name or another one; case does not matter."""
-        for chip in self.chips:
-            if name.lower() in (known.lower() for known in (chip.name, *chip.aka)):
+        """By its name, or the first one of the family of this name; case does not matter."""
+        for chip in sorted(self.chips, key=lambda chip: chip.name.lower() != name.lower()):
+            if name.lower() in (chip.name.lower(), chip.family.lower()):
                 return chip
         raise unknown(f"{self.name} chip", name, [chip.name for chip in self.chips])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from sagellm.backends.chips import CAPABILITIES, HOW, Chip, Vendor
+from sagellm.topology import TOPOLOGIES
 
 HEAD = """\
 # Hardware
@@ -15,6 +16,13 @@ compares the two.
 ## What was verified, and how
 
 Nothing here is said to run on a chip unless it ran on it. From the best evidence to none:
+
+"""
+LINKS = """
+## How ranks are joined, for predictions
+
+A collective takes latency and bytes over the rate of a link, as `sagellm/topology.py` says; `--topology hccs@50`
+takes 50 GB/s for the rate. Measured are those that a benchmark of this project gave.
 
 """
 FACTS = """
@@ -48,6 +56,8 @@ def page(vendors: Sequence[Vendor]) -> str:
             _table(("vendor", "chip", *CAPABILITIES), _verified(vendors)),
             "\n",
             _table(("vendor", "chips", "capability", "how", "shown by"), shown),
+            LINKS,
+            _table(("topology", "what", "value", "source", "measured"), _links()),
             FACTS,
             facts,
         )
@@ -75,6 +85,19 @@ def chips_text(chips: Iterable[Chip]) -> str:
         ]
         lines += [f"  {note}" for note in chip.notes]
     return "\n".join(lines)
+
+
+def _links() -> list[tuple[str, ...]]:
+    rows = []
+    for name, topology in TOPOLOGIES.items():
+        for what in ("bandwidth", "latency", "slowdown"):
+            figure = getattr(topology, what)
+            if figure is None:
+                rows.append((name, what, "none", "none is published for its newer chips", "no"))
+            else:
+                value = f"{figure.value:g} {figure.unit}"
+                rows.append((name, what, value, figure.source, "yes" if figure.verified else "no"))
+    return rows
 
 
 def _facts(chip: Chip) -> list[tuple[str, ...]]:

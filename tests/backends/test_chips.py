@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sagellm.backends import chips
-from sagellm.backends.chips import CAPABILITIES, Vendor, find, vendor
+from sagellm.backends.chips import CAPABILITIES, Evidence, Vendor, find, vendor
 from sagellm.cli import capture
 from sagellm.errors import UserError
 
@@ -87,6 +87,12 @@ def test_a_capability_is_as_well_verified_as_its_best_evidence_and_else_not_chec
     toy = Vendor.read(tmp_path)
     assert toy.verified("one", "numbers") == "host code" and toy.verified("two", "numbers") == "schema"
     assert toy.verified("one", "speed") == "none"
+
+
+def test_evidence_of_an_unknown_kind_is_refused():
+    for given in ({"capability": "beauty", "how": "schema"}, {"capability": "speed", "how": "hearsay"}):
+        with pytest.raises(UserError, match="accepted: "):
+            Evidence(by="x", **given)
 
 
 @pytest.mark.parametrize("known", VENDORS, ids=lambda v: v.name)

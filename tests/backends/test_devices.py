@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sagellm import backends
-from sagellm.backends import chips, devices
+from sagellm.backends import devices
 from sagellm.backends.base import require_device
 from sagellm.backends.chips import vendor
 from sagellm.backends.null import NullBackend
@@ -229,7 +229,9 @@ class ForAscend(NullBackend):
 
     name = "ascend"
     device = "npu"
-    silicon = chips.find("ascend", "310P")
+
+    def __init__(self, chip="310P"):
+        self.chip = chip
 
     @property
     def available(self):
@@ -251,9 +253,23 @@ def ascend(monkeypatch):
 
 def test_auto_takes_an_accelerator_before_the_cpu(ascend, has):
     assert backends.best() == "cpu"
-    has("torch_npu", npu=driver("Ascend910B3", get_soc_version=223))
+    for name, chip in (("Ascend310P3", "310P"), ("Ascend910B4", "910B"), ("Ascend950DT_9589", "950")):
+        has("torch_npu", npu=driver(name, get_soc_version=0))
+        assert backends.best() == f"ascend:{chip}"
+        require_device(backends.load("auto"))
+    has("torch_npu", npu=driver("Ascend2050", get_soc_version=0))
     assert backends.best() == "ascend"
-    require_device(backends.load("auto"))
+
+
+def test_the_chip_of_a_target_is_one_that_is_described():
+    for chip in ("910B", "910C", "310P", "950"):
+        assert backends.load(f"ascend:{chip}").silicon.kind == chip
+
+
+def test_a_program_for_another_chip_than_is_here_is_refused(ascend, has):
+    has("torch_npu", npu=driver("Ascend910B2", get_soc_version=221))
+    line = refused("--device", "ascend")
+    assert "'ascend' is Ascend910B2 here, and the target ascend 310P; accepted: ascend:910B" in line
 
 
 def refused(*args):
