@@ -76,6 +76,16 @@ class Backend(ABC):
         return None if self.vendor is None or self.chip is None else self.vendor.chip(self.chip)
 
     @property
+    def free_memory(self) -> int | None:
+        """Bytes free on one of its devices, or, where none is here, what its chip has; None: the host's are its."""
+        if self.vendor is None or self.capability.device == "cpu":
+            return None
+        if (free := devices.free_memory(self.vendor)) is not None:
+            return free
+        chip = self.silicon
+        return None if chip is None or chip.memory is None else int(chip.memory.figure().value)
+
+    @property
     @abstractmethod
     def capability(self) -> CapabilityDescriptor:
         """What the backend can do here."""

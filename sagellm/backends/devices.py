@@ -239,3 +239,10 @@ def probe(vendor: Vendor, others: Iterable[Vendor] | None = None) -> Probe:
     except Exception as error:  # what a module that stands in for another may yet do
         why = f"looking for devices fails: {_one_line(error)}"
     return Probe(vendor=vendor, devices=devices, looked=tuple(search.looked), why_none=why, missing=missing)
+
+
+def free_memory(vendor: Vendor) -> int | None:
+    """Bytes free on the current device of a vendor; None where there is none, or it does not say."""
+    if not probe(vendor).found:
+        return None
+    return _or_none(lambda: int(getattr(import_module("torch"), vendor.device).mem_get_info()[0]))

@@ -155,7 +155,9 @@ class Planner:
         The share is of what the weights leave.
         """
         wanted = self.config.max_sequences * self.columns.max_blocks
-        weights, available = int(self.parameters * DTYPE_BYTES[self.dtype]), available_memory()
+        weights = int(self.parameters * DTYPE_BYTES[self.dtype])
+        each = self.backend.free_memory
+        available = available_memory() if each is None else each * self.config.tensor_parallel
         free = available - weights
         if free <= 0:
             raise UserError(

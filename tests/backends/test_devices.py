@@ -14,9 +14,11 @@ import torch
 from sagellm import backends
 from sagellm.backends import devices
 from sagellm.backends.base import require_device
-from sagellm.backends.chips import vendor
+from sagellm.backends.chips import Vendor, vendor
 from sagellm.backends.null import NullBackend
 from sagellm.cli import capture
+from sagellm.config import EngineConfig
+from sagellm.engine.planner import Planner
 from sagellm.errors import UserError
 
 GIB = 2**30
@@ -56,7 +58,7 @@ def driver(*names, capability=None, **more):
         device_count=lambda: len(names),
         get_device_capability=lambda index=0: capability,
         get_device_properties=lambda i: SimpleNamespace(name=names[i], total_memory=64 * GIB, **properties),
-        **{name: (lambda value=value: value) for name, value in more.items()},
+        **{name: (lambda *_, value=value: value) for name, value in more.items()},
     )
 
 
@@ -291,6 +293,37 @@ def test_a_model_that_the_chip_cannot_run_is_refused_before_its_weights_are_load
     assert "dtype is 'bfloat16' for ascend 310P; accepted: float16" in line
     line = refused("--device", "ascend", "--dtype", "float16", "--block-size", "100")
     assert "block_size is 100 for ascend 310P; accepted: multiples of 32 up to 1024" in line
+
+
+def test_the_kv_cache_goes_into_the_memory_of_the_device(ascend, has):
+    """Of one that is here, what is free; to compile for one that is not, what the chip has; else the host's."""
+    config = EngineConfig(target="ascend", dtype="float16", block_size=128, kv_memory_fraction=0.5)
+    has("torch_npu", npu=driver("Ascend310P3", get_soc_version=202, mem_get_info=(64 * 2**20, 64 * GIB)))
+    planner = Planner(config)
+    weights = 2 * planner.parameters
+    held = (len(planner.kv.pool.references) - 1) * planner.rank_schema.bytes_per_block
+    assert 0.9 < held / (0.5 * (64 * 2**20 - weights)) <= 1
+    assert ForAscend("310P").free_memory == 64 * 2**20
+    has("torch_npu", npu=driver())
+    assert ForAscend("910B").free_memory == 64e9 and ForAscend("310P").free_memory is None
+
+
+def test_a_vendor_from_elsewhere_is_looked_for_too(monkeypatch, tmp_path, has):
+    """Its backend says how; a description that it lacks is nobody's error."""
+    text = "name: toy\ntitle: Toy\ndevice: toy\nplugins: [torch_toy]\ninstall: i\nnetwork: gloo\ntopology: pcie\n"
+    (tmp_path / "vendor.yaml").write_text(text)
+    toy = SimpleNamespace(vendor=Vendor.read(tmp_path))
+    monkeypatch.setattr(backends, "names", lambda: ["cpu", "null", "toy", "strange"])
+    load = backends.load
+    monkeypatch.setattr(backends, "load", lambda name: {"toy": toy}.get(name) or load(name))
+    assert [v.name for v in devices.vendors()][-1] == "toy"
+    has("torch_toy", toy=driver("Toy 1"))
+    assert those_found() == ["cpu", "toy"]
+
+
+def test_a_vendor_that_has_no_code_generator_yet_is_told_so(monkeypatch):
+    monkeypatch.delitem(backends.BACKENDS, "kunlun", raising=False)
+    assert "no code generator for Kunlun XPU; accepted: auto, ascend, cpu" in refused("--device", "kunlun")
 
 
 def test_the_command_says_what_was_found_and_why_the_rest_was_not():
