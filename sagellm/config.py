@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
-from attrs import asdict, evolve, field, fields_dict, frozen
+from attrs import Attribute, asdict, evolve, field, fields_dict, frozen
 from attrs.validators import optional
 
 from sagellm import checks
@@ -18,7 +18,7 @@ from sagellm.documents import parse_yaml, read, unknown_key
 from sagellm.errors import UserError, unknown
 from sagellm.schemas import DTYPE_BYTES, FLOATS, KVCacheSchema, full_name
 from sagellm.target import CapabilityDescriptor
-from sagellm.topology import TOPOLOGIES
+from sagellm.topology import TOPOLOGIES, find
 
 AUTO = "auto"
 ENVIRONMENT = "SAGELLM_"
@@ -30,6 +30,13 @@ def _path(value: Any) -> Any:
 
 def _path_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _topology(instance: object, attribute: Attribute, value: Any) -> None:
+    checks.text(instance, attribute, value)
+    checks.one_of((AUTO, *TOPOLOGIES))(instance, attribute, value.partition("@")[0])
+    if value != AUTO:
+        find(value)
 
 
 @frozen(kw_only=True)
@@ -48,8 +55,8 @@ class EngineConfig:
     """Passes as text, as name,name{option=value}; empty is none, None is the default pipeline."""
     tensor_parallel: int = field(default=1, validator=checks.whole())
     """Ranks, each a process, that the model is divided among."""
-    topology: str = field(default=AUTO, validator=checks.one_of((AUTO, *TOPOLOGIES)))
-    """How the ranks' devices are joined, for predictions; auto is as the backend has it."""
+    topology: str = field(default=AUTO, validator=_topology)
+    """How the ranks' devices are joined, for predictions; auto is as the backend has it, hccs@50 sets GB/s a link."""
     block_size: int | None = field(default=None, validator=optional(checks.whole()))
     """Tokens per KV block; None takes what the backend prefers."""
     max_sequences: int = field(default=64, validator=checks.whole())

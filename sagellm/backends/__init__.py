@@ -26,14 +26,14 @@ def names() -> list[str]:
 
 
 def best() -> str:
-    """The backend that auto means: a vendor's whose device is here, else the CPU.
+    """The target that auto means: a vendor's whose device is here, for its chip, else the CPU.
 
     One whose software is not installed here cannot be it, and is left out.
     """
     for name in names():
         with suppress(ImportError, OSError):
-            if name != "cpu" and load(name).available:
-                return name
+            if name != "cpu" and (backend := load(name)).available:
+                return f"{name}:{chip}" if (chip := backend.chip_here) else name
     return "cpu"
 
 
@@ -47,7 +47,7 @@ def load(name: str) -> Backend:
     else:
         entry = next((e for e in entry_points(group=ENTRY_POINTS) if e.name == vendor), None)
         if entry is None:
-            raise unknown("target", name, ("auto", *names()))
+            raise _no_backend(name, vendor)
         make = entry.load()
     try:
         return make(*chips)
@@ -57,3 +57,14 @@ def load(name: str) -> Backend:
         raise UserError(
             f"target {name!r}: {vendor} has no chips to choose from; accepted: {vendor}"
         ) from None
+
+
+def _no_backend(target: str, name: str) -> UserError:
+    from sagellm.backends import chips
+
+    if name in chips.NAMES:
+        accepted = ", ".join(("auto", *names()))
+        return UserError(
+            f"target {target!r}: no code generator for {chips.vendor(name).title}; accepted: {accepted}"
+        )
+    return unknown("target", target, ("auto", *names()))

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sagellm.backends import chips, devices, networks
+from sagellm.backends.chips import Chip, Vendor
 from sagellm.backends.comm import CommBackendProtocol, Gloo
 from sagellm.backends.contract import Contract
 from sagellm.backends.plan import Program
+from sagellm.errors import UserError
 from sagellm.ir.graph import IRGraph
 from sagellm.rows import Rows
 from sagellm.schemas import KVCacheSchema
@@ -46,11 +49,41 @@ class Backend(ABC):
     """One vendor. Made without touching the device; `capability` may probe it, lazily."""
 
     name: str
+    chip: str | None = None
+    """The chip, or family of chips, that programs are for; None: it does not matter."""
+
+    @property
+    def vendor(self) -> Vendor | None:
+        """Whose devices it is for, and how they are found; None: it needs none of its own."""
+        return chips.vendor(self.name) if self.name in chips.NAMES else None
 
     @property
     def available(self) -> bool:
         """Whether its device is on this machine."""
-        return True
+        return self.vendor is None or devices.probe(self.vendor).found
+
+    @property
+    def chip_here(self) -> str | None:
+        """What `chip` would be for this machine's device; None: it does not matter, or is not known."""
+        found = (
+            devices.probe(self.vendor).devices if self.vendor is not None and self.chip is not None else ()
+        )
+        return found[0].chip.kind if found and found[0].chip else None
+
+    @property
+    def silicon(self) -> Chip | None:
+        """What is known of `chip`; None: nothing."""
+        return None if self.vendor is None or self.chip is None else self.vendor.chip(self.chip)
+
+    @property
+    def free_memory(self) -> int | None:
+        """Bytes free on one of its devices, or, where none is here, what its chip has; None: the host's are its."""
+        if self.vendor is None or self.capability.device == "cpu":
+            return None
+        if (free := devices.free_memory(self.vendor)) is not None:
+            return free
+        chip = self.silicon
+        return None if chip is None or chip.memory is None else int(chip.memory.figure().value)
 
     @property
     @abstractmethod
@@ -65,7 +98,7 @@ class Backend(ABC):
     @property
     def topology(self) -> Topology:
         """How the devices of several ranks are joined."""
-        return TOPOLOGIES["gloo"]
+        return TOPOLOGIES["gloo" if self.vendor is None else self.vendor.topology]
 
     def put(self, array: np.ndarray) -> Tensor:
         """These values on its device; on the CPU the tensor may share memory with the array."""
@@ -90,8 +123,28 @@ class Backend(ABC):
 
     def make_comm(self, port: int, rank: int, ranks: int) -> CommBackendProtocol:
         """This rank's collectives with the others, which meet at a store on this machine's `port`."""
-        return Gloo(port, rank, ranks)
+        if self.vendor is None or self.capability.device == "cpu":
+            return Gloo(port, rank, ranks)
+        return networks.connect(self.vendor, port, rank, ranks)
 
     @abstractmethod
     def upload(self, rows: Rows, block_size: int) -> Any:
         """The step's columns as the emitted code reads them."""
+
+
+def require_device(backend: Backend) -> None:
+    """That a device which runs its programs is on this machine.
+
+    Raises `UserError`, one line: what is missing and the command that installs it, or which chip is here instead.
+    """
+    if backend.vendor is None or backend.capability.device == "cpu":
+        return
+    probe = devices.probe(backend.vendor)
+    if not probe.found:
+        raise probe.refusal()
+    chip, wanted = probe.devices[0].chip, backend.silicon
+    if chip is not None and wanted is not None and chip.kind != wanted.kind:
+        raise UserError(
+            f"device {backend.name!r} is {probe.devices[0].name} here, and the target {wanted}; "
+            f"accepted: {backend.name}:{chip.kind}"
+        )

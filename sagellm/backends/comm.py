@@ -1,4 +1,4 @@
-"""Collectives between ranks: what emitted code asks of them, and gloo's, through host memory.
+"""Collectives between ranks: what emitted code asks of them, and gloo's, through host memory. Vendors': `networks.py`.
 
 x is a tensor of this rank. All ranks call the same collectives in the same order, with tensors of one shape.
 """
@@ -61,53 +61,43 @@ class CommBackendProtocol(Protocol):
         """[rows, width] from rank - shift, around the end."""
         ...
 
+    def close(self) -> None:
+        """Leave the others: this process may then meet some anew."""
 
-class _Work:
-    """A collective of gloo, and what is made of its buffers in the end."""
+
+class Work:
+    """A collective of torch, and what is made of its buffers in the end."""
 
     def __init__(self, work: dist.Work | None, finish: Callable[[], Tensor]):
         self._work, self._finish = work, finish
 
     def wait(self) -> Tensor:
         if self._work is not None:
-            _wait(self._work)
+            wait(self._work)
         return self._finish()
 
 
-def _wait(work: dist.Work) -> None:
+def wait(work: dist.Work) -> None:
     try:
         work.wait()
     except RuntimeError as error:
-        raise RankLost(f"a collective failed: {_reason(error)}") from error
+        raise RankLost(f"a collective failed: {reason(error)}") from error
 
 
-def _reason(error: RuntimeError) -> str:
-    """What gloo says first; advice follows."""
+def reason(error: RuntimeError) -> str:
+    """What torch says first; advice follows."""
     return str(error).splitlines()[0].partition(". ")[0]
 
 
-class Gloo:
-    """gloo over the loopback interface, in a process group of its own: others in the process are left alone."""
+class Collectives:
+    """The four that combine tensors, each begun by the method of a subclass that has its name behind a `_`."""
 
-    def __init__(self, port: int, rank: int, size: int, seconds: float = SECONDS):
-        self.rank, self.size = rank, size
-        self._sending: list[tuple[dist.Work, Tensor]] = []
-        timeout = timedelta(seconds=seconds)
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        options._timeout = timeout
-        try:
-            store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=timeout)
-            self._gloo = dist.ProcessGroupGloo(store, rank, size, options)
-        except RuntimeError as error:
-            raise RankLost(f"rank {rank} cannot meet the others: {_reason(error)}") from error
-
-    def start(self, collective: str, x: Tensor, dim: int = 0) -> _Work:
+    def start(self, collective: str, x: Tensor, dim: int = 0) -> Work:
         begin = getattr(self, f"_{collective}")
         try:
             return begin(x, dim)
         except RuntimeError as error:
-            raise RankLost(f"{collective} cannot begin: {_reason(error)}") from error
+            raise RankLost(f"{collective} cannot begin: {reason(error)}") from error
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self.start("all_reduce", x).wait()
@@ -121,26 +111,46 @@ class Gloo:
     def all_to_all(self, x: Tensor, dim: int) -> Tensor:
         return self.start("all_to_all", x, dim).wait()
 
-    def _all_reduce(self, x: Tensor, dim: int) -> _Work:
-        total = x.clone(memory_format=torch.contiguous_format)
-        return _Work(self._gloo.allreduce([total]) if x.numel() else None, lambda: total)
 
-    def _all_gather(self, x: Tensor, dim: int) -> _Work:
+class Gloo(Collectives):
+    """gloo over the loopback interface, in a process group of its own: others in the process are left alone."""
+
+    def __init__(self, port: int, rank: int, size: int, seconds: float = SECONDS):
+        self.rank, self.size = rank, size
+        self._sending: list[tuple[dist.Work, Tensor]] = []
+        timeout = timedelta(seconds=seconds)
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = timeout
+        try:
+            store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=timeout)
+            self._gloo = dist.ProcessGroupGloo(store, rank, size, options)
+        except RuntimeError as error:
+            raise RankLost(f"rank {rank} cannot meet the others: {reason(error)}") from error
+
+    def _all_reduce(self, x: Tensor, dim: int) -> Work:
+        total = x.clone(memory_format=torch.contiguous_format)
+        return Work(self._gloo.allreduce([total]) if x.numel() else None, lambda: total)
+
+    def _all_gather(self, x: Tensor, dim: int) -> Work:
         mine = x.contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         work = self._gloo.allgather([parts], [mine]) if x.numel() else None
-        return _Work(work, lambda: torch.cat(parts, dim))
+        return Work(work, lambda: torch.cat(parts, dim))
 
-    def _reduce_scatter(self, x: Tensor, dim: int) -> _Work:
+    def _reduce_scatter(self, x: Tensor, dim: int) -> Work:
         parts = [part.contiguous() for part in x.chunk(self.size, dim)]
         total = torch.empty_like(parts[self.rank])
-        return _Work(self._gloo.reduce_scatter([total], [parts]) if x.numel() else None, lambda: total)
+        return Work(self._gloo.reduce_scatter([total], [parts]) if x.numel() else None, lambda: total)
 
-    def _all_to_all(self, x: Tensor, dim: int) -> _Work:
+    def _all_to_all(self, x: Tensor, dim: int) -> Work:
         parts = torch.stack(x.chunk(self.size, dim))
         came = torch.empty_like(parts)
         work = self._gloo.alltoall_base(came, parts, [], []) if x.numel() else None
-        return _Work(work, lambda: torch.cat(came.unbind(), dim))
+        return Work(work, lambda: torch.cat(came.unbind(), dim))
+
+    def close(self) -> None:
+        """Nothing: its group is no other's, and ends with it."""
 
     def send(self, x: Tensor, shift: int) -> None:
         x = x.contiguous()
@@ -148,9 +158,9 @@ class Gloo:
 
     def recv(self, rows: int, width: int, dtype: torch.dtype, shift: int) -> Tensor:
         came = torch.empty(rows, width, dtype=dtype)
-        _wait(self._gloo.recv([came], (self.rank - shift) % self.size, 0))
+        wait(self._gloo.recv([came], (self.rank - shift) % self.size, 0))
         while self._sending:
-            _wait(self._sending.pop()[0])
+            wait(self._sending.pop()[0])
         return came
 
 

@@ -8,7 +8,7 @@ from sagellm import backends, passes
 from sagellm.compiler import Compiler
 from sagellm.ir.timeline import Machine, predict, total
 from sagellm.models.config import ModelConfig
-from sagellm.topology import TOPOLOGIES
+from sagellm.topology import find
 
 PIPELINE = "shard,cleanup,kernel-fusion"
 OVERLAP = "comm-compute-overlap"
@@ -29,7 +29,7 @@ def predicted(
                     dtype,
                     "weak",
                     count,
-                    TOPOLOGIES[name],
+                    find(name),
                 )
                 for text in (PIPELINE, f"{PIPELINE},{OVERLAP}")
             ]

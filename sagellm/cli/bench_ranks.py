@@ -6,7 +6,7 @@ import click
 
 from sagellm.models.config import ModelConfig, RopeConfig, load_config
 from sagellm.models.hub import resolve
-from sagellm.topology import TOPOLOGIES
+from sagellm.topology import TOPOLOGIES, find
 
 MODELLED = ("hccs", "pcie")
 LAYERS = 32
@@ -42,8 +42,8 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, one lin
 @click.option(
     "--model", "-m", help="Folder or hub name; weights are not read.  [default: the shape of Llama-3-8B]"
 )
-@click.option("--topology", "topologies", type=click.Choice([*TOPOLOGIES]), multiple=True, default=MODELLED,
-              show_default=True, help="May be given often.")  # fmt: skip
+@click.option("--topology", "topologies", multiple=True, default=MODELLED, show_default=True,
+              help=f"{', '.join(TOPOLOGIES)}; hccs@50 for 50 GB/s a link. May be given often.")  # fmt: skip
 @click.option("--ranks", type=click.IntRange(2), multiple=True, default=(2, 4, 8), show_default=True,
               help="May be given often.")  # fmt: skip
 @JSON
@@ -57,7 +57,7 @@ def overlap(model: str | None, topologies, ranks, as_json: bool) -> None:
     if not as_json:
         click.echo(f"Predicted, not measured: one step of {config.name}, {config.dtype}.")
         for name in topologies:
-            topology = TOPOLOGIES[name]
+            topology = find(name)
             click.echo(f"  {topology}; devices: {topology.costs.source if topology.costs else 'the backend'}")
     names = ("topology", "ranks", "phase", "tokens", "without_ms", "network_%", "with_ms", "gain_%", "layers")
     show(results, names, as_json)

@@ -1,41 +1,122 @@
-"""`sagellm devices`: the backends and what they can do on this machine."""
+"""`sagellm devices`: what is on this machine, whose it is, what was looked for, and what the backends can do."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import click
-import torch
 from attrs import asdict
 
 from sagellm import backends
+from sagellm.backends import hardware
+from sagellm.backends.devices import Device, Probe, probe, vendors
+from sagellm.errors import UserError
+from sagellm.target import CapabilityDescriptor
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
-def devices(as_json: bool) -> None:
-    """Show the backends and what they can do on this machine."""
-    found = {name: backends.load(name).capability for name in backends.names()}
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
+@click.option(
+    "--chips", is_flag=True, help="What is known of the vendors' chips, each value with its source."
+)
+@click.option(
+    "--hardware-table", is_flag=True, help="docs/hardware.md: what was verified on which chip, and how."
+)
+def devices(as_json: bool, chips: bool, hardware_table: bool) -> None:
+    """Show the devices of this machine, and the backends; or what is known of vendors' chips."""
+    if chips + hardware_table > 1 or (as_json and hardware_table):
+        raise UserError("--hardware-table is given with another option; accepted: one of them")
+    if hardware_table:
+        click.echo(hardware.page(vendors()), nl=False)
+    elif chips:
+        known = [chip for vendor in vendors() for chip in vendor.chips]
+        click.echo(json.dumps([*map(asdict, known)], indent=2) if as_json else hardware.chips_text(known))
+    else:
+        _here(as_json)
+
+
+def _here(as_json: bool) -> None:
+    known = vendors()
+    probes = [probe(vendor, known) for vendor in known]
+    able: dict[str, CapabilityDescriptor | str] = {}
+    for name in backends.names():
+        try:
+            able[name] = backends.load(name).capability
+        except Exception as error:  # a stranger's package may fail in any way; the list goes on
+            able[name] = f"cannot be used here: {error}"
+    auto = backends.best()
     if as_json:
-        entries = {name: asdict(c) | {"kernels": sorted(c.kernels)} for name, c in found.items()}
-        click.echo(json.dumps(entries, indent=2))
+        found = {
+            "auto": auto,
+            "vendors": {p.vendor.name: _probe_json(p) for p in probes},
+            "backends": {n: c if isinstance(c, str) else c.to_dict() for n, c in able.items()},
+        }
+        click.echo(json.dumps(found, indent=2))
         return
-    for name, c in found.items():
-        click.echo(
-            f"{name}: torch device {c.device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-        )
-        click.echo(f"  dtypes      {', '.join(c.dtypes)}")
-        click.echo(
-            f"  KV cache    {', '.join(c.kv_dtypes)}; blocks of {', '.join(map(str, c.block_sizes))}"
-            f"{' or any other number of' if c.any_block_size else ''} tokens"
-        )
-        click.echo(
-            f"  layouts     {', '.join(f'{d}: {layout}' for d, layout in c.linear_layouts.items()) or 'plain'}"
-        )
-        click.echo(f"  kernels     {len(c.kernels)}: {', '.join(sorted(c.kernels))}")
-        for note in c.notes:
-            click.echo(f"  {note}")
-        for what, figure in c.figures.items():
-            how = "measured" if figure.verified else "not verified"
-            click.echo(f"  {what}  {figure.value:g} {figure.unit} ({figure.source}; {how})")
+    click.echo("\n".join(_vendors_text(probes, auto)))
+    for name, capability in able.items():
+        click.echo("")
+        click.echo("\n".join(_capability_text(name, capability)))
+
+
+def _probe_json(probe: Probe) -> dict[str, Any]:
+    chips = [device.chip and device.chip.name for device in probe.devices]
+    return {
+        "title": probe.vendor.title,
+        "device": probe.vendor.device,
+        "found": probe.found,
+        "devices": [
+            {"index": d.index, "name": d.name, "ids": d.ids, "memory": d.memory, "chip": chip}
+            for d, chip in zip(probe.devices, chips)
+        ],
+        "looked_for": [asdict(look) for look in probe.looked],
+        "why_none": probe.why_none or None,
+        "install": None if probe.found else probe.vendor.install,
+    }
+
+
+def _vendors_text(probes: Sequence[Probe], auto: str) -> list[str]:
+    lines = []
+    for p in probes:
+        lines.append(f"{p.vendor.title} (--device {p.vendor.name}, torch device {p.vendor.device!r})")
+        lines += [f"  found     {_device_text(device)}" for device in p.devices]
+        if not p.found:
+            lines.append(f"  none      {p.why_none}")
+        if p.missing:
+            lines.append(f"  install   {p.vendor.install}")
+        if p.looked:
+            lines.append(f"  looked for {'; '.join(map(str, p.looked))}")
+    unused = [p.vendor.title for p in probes if p.found and p.vendor.name not in backends.names()]
+    lines.append(f"auto is {auto}{f'; no code generator here for {unused}' if unused else ''}")
+    return lines
+
+
+def _device_text(device: Device) -> str:
+    said = [device.name, *device.ids]
+    if device.memory:
+        said.append(f"{device.memory / 2**30:.1f} GiB")
+    return f"{device.index}: {', '.join(said)}; {device.chip.name if device.chip else 'no descriptor fits'}"
+
+
+def _capability_text(name: str, c: CapabilityDescriptor | str) -> list[str]:
+    if isinstance(c, str):
+        return [f"backend {name}: {c}"]
+    any_size = " or any other number of" if c.any_block_size else ""
+    layouts = ", ".join(f"{dtype}: {layout}" for dtype, layout in c.linear_layouts.items())
+    cores = f", {os.cpu_count()} cores" if c.device == "cpu" else ""
+    return [
+        f"backend {name}: torch device {c.device}{cores}",
+        f"  dtypes    {', '.join(c.dtypes)}",
+        f"  KV cache  {', '.join(c.kv_dtypes)}; blocks of {', '.join(map(str, c.block_sizes))}{any_size} tokens",
+        f"  layouts   {layouts or 'plain'}",
+        f"  kernels   {len(c.kernels)}: {', '.join(sorted(c.kernels))}",
+        *(f"  {note}" for note in c.notes),
+        *(
+            f"  {what}  {figure.value:g} {figure.unit} ({figure.source}; "
+            f"{'measured' if figure.verified else 'not verified'})"
+            for what, figure in c.figures.items()
+        ),
+    ]

@@ -15,6 +15,7 @@ from attrs import fields_dict
 from sagellm.batch import SamplingParams
 from sagellm.config import EngineConfig
 from sagellm.errors import UserError
+from sagellm.topology import TOPOLOGIES
 
 MODEL = (
     click.option(
@@ -32,7 +33,10 @@ MODEL = (
     ),
     click.option("--pipeline", "-p", help="Passes, as name,name{option=value}; '' for none."),
     click.option("--tensor-parallel", type=int, help="Ranks that the model is divided among.  [default: 1]"),
-    click.option("--topology", help="How the ranks are joined, for predictions: auto, gloo, hccs, pcie."),
+    click.option(
+        "--topology",
+        help=f"How the ranks are joined, for predictions: auto, {', '.join(TOPOLOGIES)}; hccs@50 for 50 GB/s a link.",
+    ),
     click.option("--block-size", type=int, help="Tokens per KV block.  [default: 16]"),
     click.option("--max-batched-tokens", type=int, help="Tokens of one step.  [default: 2048]"),
     click.option("--max-length", type=int, help="Longest sequence; default: the model's context."),

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from sagellm.backends.base import KVCache
+from sagellm import backends
+from sagellm.backends.base import KVCache, require_device
 from sagellm.batch import Batch
 from sagellm.config import EngineConfig
 from sagellm.engine.events import LENGTH, NOTHING, REASONS, STOP, Began, Failed, StepEvents, Token
@@ -35,6 +36,7 @@ class EngineCore(Planner):
     """A planner that has the weights and executes its plans."""
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None):
+        require_device(backends.load(config.target))
         super().__init__(config)
         self.counters, self.times, self.trials = Counters(), Times(), Trials()
         self._counted: set[tuple[str, ...]] = set()

@@ -63,6 +63,9 @@ class Planner:
             self.kv_schema, num_kv_heads=max(1, self.kv_schema.num_kv_heads // config.tensor_parallel)
         )
         """The part of the KV cache that one rank holds."""
+        if (chip := self.backend.silicon) is not None:
+            schema = self.kv_schema
+            chip.check(self.dtype, schema.head_dim, schema.dtype, schema.block_size)
         self._check_ranks()
         self.compiler = Compiler(
             self.model,
@@ -152,7 +155,9 @@ class Planner:
         The share is of what the weights leave.
         """
         wanted = self.config.max_sequences * self.columns.max_blocks
-        weights, available = int(self.parameters * DTYPE_BYTES[self.dtype]), available_memory()
+        weights = int(self.parameters * DTYPE_BYTES[self.dtype])
+        each = self.backend.free_memory
+        available = available_memory() if each is None else each * self.config.tensor_parallel
         free = available - weights
         if free <= 0:
             raise UserError(

@@ -70,6 +70,7 @@ class Ranks:
 
     def close(self) -> None:
         self._finalizer()
+        self.comm.close()
 
     def _send(self, *message: object) -> None:
         for rank, connection in enumerate(self._connections, 1):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sagellm import backends
+from sagellm.backends.base import require_device
 from sagellm.backends.plan import Program
 from sagellm.backends.step import emit_step
 from sagellm.batch import MOST_DRAFTS, Batch, Columns
@@ -132,6 +133,7 @@ def replay(path: Path, target: str | None = None, model: str | None = None) -> R
         )
     tensors, meta = _read_inputs(inputs_path(path))
     backend = backends.load(target or meta["target"])
+    require_device(backend)
     folder = resolve(model or meta["model"])
     config = load_config(folder, model or meta["model"])
     functions = IRGraph()
