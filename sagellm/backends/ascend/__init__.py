@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from importlib.util import find_spec
 
 from torch import Tensor
 
+from sagellm.backends import chips
 from sagellm.backends.ascend import codegen, kernels
 from sagellm.backends.ascend.columns import AscendRows
 from sagellm.backends.ascend.graphs import CapturedDecodes
@@ -15,11 +15,8 @@ from sagellm.backends.aten import TorchBackend
 from sagellm.backends.aten.cache import NHD, NZ
 from sagellm.backends.contract import Contract
 from sagellm.backends.emit import Line
-from sagellm.errors import unknown
 from sagellm.rows import Rows
-from sagellm.target import CapabilityDescriptor
-
-CHIPS = ("910B", "910C", "310P", "950")
+from sagellm.target import CapabilityDescriptor, CostModel
 
 
 class AscendBackend(TorchBackend):
@@ -27,33 +24,27 @@ class AscendBackend(TorchBackend):
     device = "npu"
 
     def __init__(self, chip: str | None = None):
-        if chip is not None and chip not in CHIPS:
-            raise unknown("Ascend chip", chip, CHIPS)
-        self.chip = chip or "910B"
+        self.chip = chips.find(self.name, chip or "910B").kind
         self.layout = NZ if self.chip == "310P" else NHD
 
     @property
-    def available(self) -> bool:
-        if find_spec("torch_npu") is None:
-            return False
-        import torch
-        import torch_npu  # noqa: F401
-
-        return torch.npu.is_available()
-
-    @property
     def capability(self) -> CapabilityDescriptor:
-        dtypes = ("float16",) if self.chip == "310P" else ("bfloat16", "float16")
+        chip = chips.find(self.name, self.chip)
+        dtypes = chip.dtypes.value
         return CapabilityDescriptor(
             backend=self.name,
             device=self.device,
             dtypes=dtypes,
             kernels=frozenset(self.kernels()),
             kv_dtypes=dtypes,
-            block_sizes=(128,),
+            block_sizes=chip.block_sizes.value.prefer,
             max_batch_size=4096,
             notes=(f"chip {self.chip}",),
         )
+
+    @property
+    def costs(self) -> CostModel:
+        return chips.find(self.name, self.chip).costs() or CostModel()
 
     def kernels(self) -> Mapping[str, Line]:
         return codegen.KERNELS_310P if self.chip == "310P" else codegen.KERNELS
