@@ -19,9 +19,10 @@ BACKENDS = {
     "ascend": "sagellm.backends.ascend:AscendBackend",
     "cambricon": "sagellm.backends.cambricon:CambriconBackend",
     "cpu": "sagellm.backends.cpu:CpuBackend",
+    "hygon": "sagellm.backends.hygon:HygonBackend",
     "null": "sagellm.backends.null:NullBackend",
 }
-ALIASES = {"mlu": "cambricon"}
+ALIASES = {"mlu": "cambricon", "dcu": "hygon"}
 """What vendors call their devices; targets too."""
 
 
