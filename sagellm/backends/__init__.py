@@ -20,9 +20,10 @@ BACKENDS = {
     "cambricon": "sagellm.backends.cambricon:CambriconBackend",
     "cpu": "sagellm.backends.cpu:CpuBackend",
     "hygon": "sagellm.backends.hygon:HygonBackend",
+    "kunlun": "sagellm.backends.kunlun:KunlunBackend",
     "null": "sagellm.backends.null:NullBackend",
 }
-ALIASES = {"mlu": "cambricon", "dcu": "hygon"}
+ALIASES = {"mlu": "cambricon", "dcu": "hygon", "xpu": "kunlun"}
 """What vendors call their devices; targets too."""
 
 
