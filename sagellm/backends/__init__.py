@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 from sagellm.errors import UserError, unknown
 
@@ -16,9 +17,14 @@ ENTRY_POINTS = "sagellm.codegen"
 
 BACKENDS = {
     "ascend": "sagellm.backends.ascend:AscendBackend",
+    "cambricon": "sagellm.backends.cambricon:CambriconBackend",
     "cpu": "sagellm.backends.cpu:CpuBackend",
+    "hygon": "sagellm.backends.hygon:HygonBackend",
+    "kunlun": "sagellm.backends.kunlun:KunlunBackend",
     "null": "sagellm.backends.null:NullBackend",
 }
+ALIASES = {"mlu": "cambricon", "dcu": "hygon", "xpu": "kunlun"}
+"""What vendors call their devices; targets too."""
 
 
 def names() -> list[str]:
@@ -37,10 +43,22 @@ def best() -> str:
     return "cpu"
 
 
+def parts(name: str) -> tuple[str, str | None, str | None]:
+    """Vendor, chip and choice of kernels in a target's name, `dcu:BW1000+kernels`; None for what is left out."""
+    stem, plus, choice = name.partition("+")
+    vendor, colon, chip = stem.partition(":")
+    return ALIASES.get(vendor, vendor), chip if colon else None, choice if plus else None
+
+
 def load(name: str) -> Backend:
-    """The backend of this name, or the best for `auto`; made on each call. A chip may follow: `ascend:310P`."""
-    vendor, _, chip = (best() if name == "auto" else name).partition(":")
-    chips = (chip,) if chip else ()
+    """The backend of this name, or the best for `auto`; made on each call.
+
+    A chip may follow, and a choice of kernels where the vendor's are not the default: `ascend:310P`, `dcu+kernels`,
+    `dcu:BW1000+kernels`.
+    """
+    vendor, chip, choice = parts(best() if name == "auto" else name)
+    if choice not in (None, "kernels"):
+        raise unknown(f"choice in target {name!r}", choice, ("kernels",))
     if vendor in BACKENDS:
         module, _, attribute = BACKENDS[vendor].partition(":")
         make = getattr(import_module(module), attribute)
@@ -49,14 +67,14 @@ def load(name: str) -> Backend:
         if entry is None:
             raise _no_backend(name, vendor)
         make = entry.load()
-    try:
-        return make(*chips)
-    except TypeError:
-        if not chips:
-            raise
-        raise UserError(
-            f"target {name!r}: {vendor} has no chips to choose from; accepted: {vendor}"
-        ) from None
+    given: dict[str, Any] = {}
+    for key, value, what in (("chip", chip, "chips"), ("vendor_kernels", choice and True, "kernels")):
+        if value is None:
+            continue
+        if key not in signature(make).parameters:
+            raise UserError(f"target {name!r}: {vendor} has no {what} to choose from; accepted: {vendor}")
+        given[key] = value
+    return make(**given)
 
 
 def _no_backend(target: str, name: str) -> UserError:

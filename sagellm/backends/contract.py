@@ -95,3 +95,32 @@ def read_schemas(package: str) -> dict[str, str]:
     """The lines of a package's `schemas.txt` by the name of their call; those with # are comments."""
     lines = files(package).joinpath("schemas.txt").read_text(encoding="utf-8").splitlines()
     return {line.partition("(")[0]: line for line in lines if line and not line.startswith("#")}
+
+
+def same_dtype(*names: str) -> Rule:
+    """That these arguments have one dtype."""
+
+    def rule(a) -> str | None:
+        types = {n: str(getattr(a, n).dtype) for n in names}
+        return f"{types} are not of one type" if len(set(types.values())) > 1 else None
+
+    return rule
+
+
+def contiguous(*names: str) -> Rule:
+    """That these arguments lie in memory as their shape says."""
+
+    def rule(a) -> str | None:
+        return next((f"{n} is not contiguous" for n in names if not getattr(a, n).is_contiguous()), None)
+
+    return rule
+
+
+def one_of(name: str, values: tuple) -> Rule:
+    """That this argument is one of the values."""
+
+    def rule(a) -> str | None:
+        value = getattr(a, name)
+        return None if value in values else f"{name} is {value!r}; accepted: {', '.join(map(str, values))}"
+
+    return rule

@@ -13,6 +13,7 @@ from attrs import asdict
 from sagellm import backends
 from sagellm.backends import hardware
 from sagellm.backends.devices import Device, Probe, probe, vendors
+from sagellm.conformance.size import ENTRIES, LINES, sizes
 from sagellm.errors import UserError
 from sagellm.target import CapabilityDescriptor
 
@@ -25,12 +26,19 @@ from sagellm.target import CapabilityDescriptor
 @click.option(
     "--hardware-table", is_flag=True, help="docs/hardware.md: what was verified on which chip, and how."
 )
-def devices(as_json: bool, chips: bool, hardware_table: bool) -> None:
+@click.option("--backends", "as_sizes", is_flag=True, help="How large each vendor's folder is.")
+def devices(as_json: bool, chips: bool, hardware_table: bool, as_sizes: bool) -> None:
     """Show the devices of this machine, and the backends; or what is known of vendors' chips."""
-    if chips + hardware_table > 1 or (as_json and hardware_table):
-        raise UserError("--hardware-table is given with another option; accepted: one of them")
+    if chips + hardware_table + as_sizes > 1 or (as_json and (hardware_table or as_sizes)):
+        given = "--backends" if as_sizes else "--hardware-table"
+        raise UserError(f"{given} is given with another option; accepted: one of them")
     if hardware_table:
         click.echo(hardware.page(vendors()), nl=False)
+    elif as_sizes:
+        click.echo(f"{'target':<10} {'lines':>5}  kernel table   (the bar: {LINES} lines, {ENTRIES} entries)")
+        for size in sizes():
+            mark = "" if size.within else "   over the bar"
+            click.echo(f"{size.target:<10} {size.lines:>5}  {size.entries:>2} entries{mark}")
     elif chips:
         known = [chip for vendor in vendors() for chip in vendor.chips]
         click.echo(json.dumps([*map(asdict, known)], indent=2) if as_json else hardware.chips_text(known))

@@ -85,7 +85,7 @@ def opt(
 
     Every pass of the pipeline sees every module: one module may hold a step and a model.
     """
-    if target not in backends.names():
+    if backends.parts(target)[0] not in backends.names():
         raise unknown("target", target, backends.names())
     passes = driver.parse(pipeline, lambda: known_passes(extra)).passes
     capability = _capability(target, without, layout) if passes else None

@@ -20,7 +20,7 @@ from sagellm.models.hub import resolve
     help="Instead, put so many random errors into emitted programs and count those that are caught.",
 )
 def verify_backend(target: str, model: str | None, mutations: int | None) -> None:
-    """Check a vendor's backend, such as ascend or ascend:310P, without its chip.
+    """Check a vendor's backend, such as ascend, ascend:310P or dcu+kernels, without its chip.
 
     Every call that the engine makes is bound to the vendor's schema, checked by the rules of its hardware, and
     computed by a reference, over prompts, decodes, shared beginnings, trees of guesses and preemption; the logits are

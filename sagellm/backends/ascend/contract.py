@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sagellm.backends.contract import Call, Contract, Rule, read_schemas
+from sagellm.backends.contract import Call, Contract, Rule, contiguous, one_of, read_schemas, same_dtype
 
 DOCS = "op-plugin docs"
 HALVES = (torch.bfloat16, torch.float16)
@@ -142,29 +142,6 @@ def top_k_top_p(logits: Tensor, p: Tensor | None, k: Tensor | None) -> Tensor:
 
 
 # rules: what CANN refuses on the chip although the host code lets it pass
-
-
-def same_dtype(*names: str) -> Rule:
-    def rule(a) -> str | None:
-        types = {n: str(getattr(a, n).dtype) for n in names}
-        return f"{types} are not of one type" if len(set(types.values())) > 1 else None
-
-    return rule
-
-
-def contiguous(*names: str) -> Rule:
-    def rule(a) -> str | None:
-        return next((f"{n} is not contiguous" for n in names if not getattr(a, n).is_contiguous()), None)
-
-    return rule
-
-
-def one_of(name: str, values: tuple) -> Rule:
-    def rule(a) -> str | None:
-        value = getattr(a, name)
-        return None if value in values else f"{name} is {value!r}; accepted: {', '.join(map(str, values))}"
-
-    return rule
 
 
 def gamma_fits(x: str) -> Rule:

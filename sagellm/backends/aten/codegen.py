@@ -7,7 +7,8 @@ from collections.abc import Callable
 from xdsl.ir import Operation
 
 from sagellm.backends.emit import COLLECTIVES, Emitter, Line, literal, read_tensor, torch_dtype
-from sagellm.ir.attrs import last_dim
+from sagellm.ir.attrs import TensorType, dtype_name, last_dim
+from sagellm.ir.storage import overwritable
 
 IMPORTS = """\
 from types import SimpleNamespace
@@ -19,8 +20,42 @@ from sagellm.backends import sampling
 from sagellm.backends.aten import kernels as aten
 from sagellm.models.rope import RopeConfig, cos_sin_table, dynamic_cos_sin"""
 
+FLOATS = ("bfloat16", "float16", "float32")
+
 Module = Callable[[Operation], str]
 """The module whose kernel an operation calls, by its name in the emitted text."""
+
+
+def heads(e: Emitter, value, head_dim: int) -> str:
+    """[T, heads * head_dim] as [T, heads, head_dim]."""
+    return f"{e.name(value)}.view(-1, {last_dim(value.type) // head_dim}, {head_dim})"
+
+
+def cached(e: Emitter, op: Operation) -> tuple[str, str]:
+    """Keys and values [slots, heads, D] that `nn.kv_write` writes, contiguous; a shared token for each of its slots."""
+    k, v, rows = op.operands
+    shared = "shared" in rows.type.data
+    end = f".index_select(0, {e.name(rows)}.sources)" if shared else ".contiguous()"
+    keys, values = (heads(e, x, e.value(op, "head_dim")) + end for x in (k, v))
+    return keys, values
+
+
+def activations(op: Operation) -> str:
+    """The type of the first float tensor of the operation's function."""
+    block = op.parent
+    assert block is not None
+    for value in (*block.args, *(result for other in block.ops for result in other.results)):
+        if isinstance(value.type, TensorType) and dtype_name(value.type) in FLOATS:
+            return torch_dtype(value.type)
+    return torch_dtype(op.results[0].type)
+
+
+def owned(e: Emitter, op: Operation, index: int, dense: bool = False) -> str:
+    """An operand that the call may write over: a copy where its old value is still read; `dense`: contiguous."""
+    value = op.operands[index]
+    if not overwritable(value, op):
+        return f"{e.name(value)}.clone(memory_format=torch.contiguous_format)"
+    return e.name(value) + (".contiguous()" if dense else "")
 
 
 def linear(e: Emitter, op: Operation) -> str:
@@ -139,8 +174,16 @@ def table(module: Module) -> dict[str, Line]:
     } | COLLECTIVES
 
 
+STOCK = table(lambda op: "aten")
+"""What every operation is in stock torch; a vendor's table names those that are not."""
+
 LOADS: dict[str, Line] = {
     "weights.tensor": lambda e, op: read_tensor(op),
     "weights.concat": lambda e, op: f"torch.cat([{e.names_of(op.operands)}])",
     "weights.rope_table": rope_table,
 }
+
+DEVICE_LOADS: dict[str, Line] = LOADS | {
+    "weights.rope_table": lambda e, op: f"{rope_table(e, op)}.to(DEVICE)",
+}
+"""Where the header says which `DEVICE` is meant; tensors of a checkpoint are read to it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -44,18 +45,23 @@ class AtenRows:
         self.decode_blocks = put(np.ascontiguousarray(rows.decode_blocks))
         self._rows, self._block_size = rows, block_size
         self.longest = int(rows.decode_lengths.max()) if self.decode_count else 0
-        self.prefills = []
-        offsets = rows.prefill_offsets.tolist()
-        for i, length in enumerate(rows.prefill_lengths.tolist() if rows.trees is None else ()):
-            first, end = offsets[i], offsets[i + 1]
-            blocks = put(rows.prefill_blocks[i, : -(-length // block_size)])
-            self.prefills.append((first, end, length, blocks, end - first == length))
         self._made: dict = {}
         if rows.trees is not None:
             self.tree_nodes = put(rows.trees.nodes)
             self.tree_blocks = put(rows.prefill_blocks.reshape(-1))
             self._within = np.arange(rows.trees.nodes.shape[1]) < rows.trees.counts[:, None]
             self.tree_places = put(np.flatnonzero(self._within))
+
+    @cached_property
+    def prefills(self) -> list[tuple[int, int, int, Tensor, bool]]:
+        """(first token, end, cached tokens, blocks, whether none were cached before) of each prompt."""
+        rows, found = self._rows, []
+        offsets = rows.prefill_offsets.tolist()
+        for i, length in enumerate(rows.prefill_lengths.tolist()):
+            first, end = offsets[i], offsets[i + 1]
+            blocks = self._put(rows.prefill_blocks[i, : -(-length // self._block_size)])
+            found.append((first, end, length, blocks, end - first == length))
+        return found
 
     def _once(self, key, make):
         """What several layers want is made once a step."""

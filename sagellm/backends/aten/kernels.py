@@ -91,6 +91,11 @@ def rope_kv_write(
     return q
 
 
+def by_tokens(kv: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Views [blocks, block size, heads, D] of a cache [blocks, heads, block size, D], for kernels in stock torch."""
+    return kv[0].transpose(1, 2), kv[1].transpose(1, 2)
+
+
 def decode_attention(
     q: Tensor, kv: tuple[Tensor, Tensor], rows: AtenRows, scale: float, window: int | None = None
 ) -> Tensor:
