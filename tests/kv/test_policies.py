@@ -142,8 +142,9 @@ def test_lifetime_learns_when_blocks_come_back():
     again = np.array([1])
     blocks.enter(1, -1, 0, -1)
     block = 2
-    for _ in range(60):
-        life.before_use(again, blocks.clock - blocks["last_use"][again])
+    for round in range(60):
+        if round:
+            life.before_use(again, blocks.clock - blocks["last_use"][again])
         blocks.use(again, 0)
         life.after_use(again)
         for _ in range(5):
