@@ -25,9 +25,9 @@ RECORD = np.dtype(
 )
 """depth: its number in its sequence, from 0. parent: the block before it, -1 at the beginning. last_use, entered: on
 the clock. uses: sequences that ended with it. turn: how often the conversation of its last sequence had gone on; -1
-where that sequence shared a beginning and went another way. span: full blocks of that sequence. new: of these, those not used before. priority: of its
-request; lower is more urgent. mark: the policy's own. worth: when it was last ranked. again: it came back after it had
-left."""
+where that sequence shared a beginning and went another way. span: full blocks of that sequence. new: of these, those
+not used before. priority: of its request; lower is more urgent. mark: the policy's own. worth: when it was last
+ranked. again: it came back after it had left."""
 
 BRANCHED = -1
 
