@@ -16,6 +16,7 @@ RECORD = np.dtype(
         ("uses", np.int32),
         ("turn", np.int32),
         ("span", np.int32),
+        ("new", np.int32),
         ("priority", np.int32),
         ("mark", np.int32),
         ("worth", np.float32),
@@ -24,9 +25,9 @@ RECORD = np.dtype(
 )
 """depth: its number in its sequence, from 0. parent: the block before it, -1 at the beginning. last_use, entered: on
 the clock. uses: sequences that ended with it. turn: how often the conversation of its last sequence had gone on; -1
-where that sequence shared a beginning and went another way. span: full blocks of that sequence. priority: of its
-request; lower is more urgent. mark: the policy's own. worth: when it was last ranked. again: it came back after it had
-left."""
+where that sequence shared a beginning and went another way. span: full blocks of that sequence. new: of these, those
+not used before. priority: of its request; lower is more urgent. mark: the policy's own. worth: when it was last
+ranked. again: it came back after it had left."""
 
 BRANCHED = -1
 
@@ -79,6 +80,7 @@ class Blocks:
         records["uses"][blocks] += 1
         records["turn"][blocks] = turn
         records["span"][blocks] = len(blocks)
+        records["new"][blocks] = len(blocks) - known
         records["priority"][blocks] = priority
         records["last_use"][blocks] = self.clock
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from sagellm.kv.blocks import Blocks
 from sagellm.kv.policies import Policy
 
-BINS = 60
-PER_OCTAVE = 3
+BINS = 40
+PER_OCTAVE = 2
 EDGES = np.concatenate([[0.0], 4.0 * 2.0 ** (np.arange(BINS) / PER_OCTAVE)])
 """Ages in blocks that entered meanwhile: bin i begins at EDGES[i]."""
-USES = np.array([0, 0, 1, 2, 2, 2, 2, 2, 3])
-CLASSES = 6 * 3 * 4 * 2
-TRUST = 20.0
-"""So many blocks' worth of what is seen of all classes counts as seen of each."""
-KEEP = 0.98
+USES = np.array([0, 0, 1, 2, 2, 3, 3, 3, 4])
+LEVELS = (10, 6, 8, 3)
+"""Kinds of blocks by uses and whether the last; of each by turn; of those by new blocks; of those by length."""
+CLASSES = math.prod(LEVELS)
+TRUST = 5.0
+"""So many sequences' worth of what is seen of the wider kind counts as seen of each, at each age,"""
+USES_TRUST = 1.0
+"""and so many uses for how often it is used at all."""
+KEEP = 0.99
 """Of what was seen, weight that stays with each estimate."""
 ESTIMATE_EVERY = 4096
 
@@ -23,13 +29,15 @@ ESTIMATE_EVERY = 4096
 class Lifetime(Policy):
     """Predicts when blocks are used again, and keeps those with the most uses to be expected for the time held.
 
-    Blocks fall into classes by what the last sequence with them was like: how often its conversation had gone on, how
-    long it was, how often the block had been used, and whether it was the sequence's last block. For each class, uses
-    at each age and survival to each age are counted as they happen, also of blocks that left (Kaplan and Meier 1958:
-    those of which nothing was seen yet count up to their age). The worth of a block at age a is the greatest ratio,
-    over all later ages b, of P(used before b) and E[time held until its use or b]: the index of Gittins (1979), which
-    for one age b is the hit density of LHD (Beckmann et al. 2018). So a block whose use is near stays before a fresh
-    one whose use is far, and one whose time has passed leaves.
+    Blocks fall into classes: how often the block had been used and whether it was its last sequence's last, how often
+    that conversation had gone on, how many new blocks it brought, and how long it was. For each class, uses at each
+    age and survival to each age are counted as they happen, also of blocks that left (Kaplan and Meier 1958: those of
+    which nothing was seen yet count up to their age). A sequence's blocks come back together, so each counts for its
+    part of one. A class of which little was seen is like the wider kind it belongs to: `shrunk`.
+
+    The worth of a block at age a is the greatest ratio, over all later ages b, of P(used before b) and E[time held
+    until its use or b]: the index of Gittins (1979), which for one age b is the hit density of LHD (Beckmann et al.
+    2018). So a block whose use is near stays before a fresh one whose use is far, and one whose time has passed leaves.
     """
 
     name = "lifetime"
@@ -44,7 +52,8 @@ class Lifetime(Policy):
         self._next = 0
 
     def before_use(self, blocks: np.ndarray, waited: np.ndarray) -> None:
-        np.add.at(self.used, (self.blocks["mark"][blocks], ages(waited)), 1)
+        mark, span = self.blocks["mark"][blocks], self.blocks["span"][blocks]
+        np.add.at(self.used, (mark, ages(waited)), 1 / span)
 
     def after_use(self, blocks: np.ndarray) -> None:
         records = self.blocks.records[blocks]
@@ -52,7 +61,7 @@ class Lifetime(Policy):
 
     def lost(self, records: np.ndarray) -> None:
         age = ages(self.blocks.clock - records["last_use"])
-        np.add.at(self.censored, (records["mark"], age), 1)
+        np.add.at(self.censored, (records["mark"], age), 1 / records["span"])
 
     def worth(self, blocks: np.ndarray) -> np.ndarray:
         clock = self.blocks.clock
@@ -62,16 +71,14 @@ class Lifetime(Policy):
         return self.table[self.blocks["mark"][blocks], ages(clock - self.blocks["last_use"][blocks])]
 
     def _estimate(self) -> None:
-        b = self.blocks
-        known = np.concatenate([records[records["uses"] > 0] for records in (b.records, b.gone)])
-        at = known["mark"] * BINS + ages(b.clock - known["last_use"])
-        still = np.bincount(at, minlength=CLASSES * BINS).reshape(CLASSES, BINS) + self.censored
+        still, clock = self.censored.copy(), self.blocks.clock
+        for records in (self.blocks.records, self.blocks.gone):
+            known = np.flatnonzero(records["uses"])
+            at = records["mark"][known] * BINS + ages(clock - records["last_use"][known])
+            still += np.bincount(at, 1 / records["span"][known], CLASSES * BINS).reshape(CLASSES, BINS)
         exposed = (self.used + still)[:, ::-1].cumsum(1)[:, ::-1] - still / 2
-        common = self.used.sum(0) / np.maximum(exposed.sum(0), 1)
-        seen = np.flatnonzero(exposed[:, 0])
-        hazard = (self.used[seen] + TRUST * common) / (exposed[seen] + TRUST)
-        self.table[:] = density(np.minimum(common, 0.999)[None])
-        self.table[seen] = density(np.minimum(hazard, 0.999))
+        hazard, like = shrunk(self.used, exposed)
+        self.table = density(hazard)[like]
         self.used *= KEEP
         self.censored *= KEEP
 
@@ -87,11 +94,34 @@ def ages(ticks: np.ndarray) -> np.ndarray:
 
 def classes(records: np.ndarray) -> np.ndarray:
     """Which blocks are alike."""
-    turn = np.clip(records["turn"], -1, 4) + 1
-    span = np.digitize(records["span"], (9, 33))
     uses = USES[np.minimum(records["uses"], 8)]
     last = records["depth"] == records["span"] - 1
-    return ((turn * 3 + span) * 4 + uses) * 2 + last
+    turn = np.clip(records["turn"], -1, 4) + 1
+    new = np.frexp(np.minimum(records["new"], 64))[1]  # 0, 1, 2 to 3, 4 to 7, ...
+    span = np.digitize(records["span"], (9, 33))
+    return (((uses * 2 + last) * LEVELS[1] + turn) * LEVELS[2] + new) * LEVELS[3] + span
+
+
+def shrunk(used: np.ndarray, exposed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float [C, A], uses in each bin and sequences that might have been used in it -> P(used in a bin | not before)
+    [curves, A], and the curve of each class [C]; a class of which nothing was seen has that of the wider kind.
+
+    From the widest kind to the narrowest: the curve of the wider kind is scaled to this kind's uses, which needs few
+    of them, and then bent to this kind's shape as far as there is evidence.
+    """
+    hazard = (used.sum(0) / np.maximum(exposed.sum(0), 1))[None]
+    curve = np.zeros(1, np.int64)
+    for level, width in enumerate(LEVELS):
+        kinds = math.prod(LEVELS[: level + 1])
+        hits, trials = (counts.reshape(kinds, -1, BINS).sum(1) for counts in (used, exposed))
+        hazard = np.repeat(hazard, width, 0)
+        scale = (hits.sum(1) + USES_TRUST) / ((trials * hazard).sum(1) + USES_TRUST)
+        hazard = np.minimum(hazard * scale[:, None], 0.999)
+        hazard = np.minimum((hits + TRUST * hazard) / (trials + TRUST), 0.999)
+        new = curve.max() + 1 + np.arange(kinds)
+        curve = np.where(trials[:, 0] > 0, new, np.repeat(curve, width))
+    _, first, like = np.unique(curve, return_index=True, return_inverse=True)
+    return hazard[first], like
 
 
 def density(hazard: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from attrs import field, frozen
 
 from sagellm.kv.blocks import Blocks, times
 
-REMEMBERED, AT_LEAST = 4, 8192
+REMEMBERED, AT_LEAST = 4, 16384
 """So many pools' worth of blocks that left are remembered, and in a small pool so many blocks."""
 
 

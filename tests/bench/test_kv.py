@@ -61,7 +61,7 @@ def test_with_room_for_all_every_policy_finds_what_was_seen():
 def test_lifetime_gains_on_conversations():
     asked = prompts(conversations(700, seed=3))
     lru, life, best = (Replay(name, 200, asked).run().ratio for name in ("lru", "lifetime", BELADY))
-    assert lru < life < best
+    assert lru + 0.3 * (best - lru) < life < best
 
 
 def test_a_made_trace_is_the_same_each_time_and_can_be_read_back(tmp_path):

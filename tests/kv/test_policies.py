@@ -135,6 +135,42 @@ def test_density_is_the_best_ratio_of_uses_to_time(hazard):
             assert got[age] == pytest.approx(best, rel=1e-5, abs=1e-12)
 
 
+def curves(used: dict[int, float], exposed: dict[int, float]) -> np.ndarray:
+    """P(used in a bin | not before) [C, A], where these classes were seen, alike in all bins."""
+    counts = np.zeros((2, lifetime.CLASSES, lifetime.BINS))
+    for at, seen in enumerate((used, exposed)):
+        for kind, count in seen.items():
+            counts[at, kind] = count
+    hazard, like = lifetime.shrunk(*counts)
+    return hazard[like]
+
+
+@examples(20)
+@given(
+    st.dictionaries(
+        st.integers(0, lifetime.CLASSES - 1),
+        st.tuples(st.floats(0, 100), st.floats(0, 1)),
+        max_size=8,
+    )
+)
+def test_what_is_expected_of_blocks_is_a_probability(seen):
+    hazard = curves(
+        {kind: n * share for kind, (n, share) in seen.items()}, {k: n for k, (n, _) in seen.items()}
+    )
+    assert (hazard >= 0).all() and (hazard < 1).all()
+
+
+def test_a_class_is_like_its_wider_kind_until_enough_is_seen_of_it():
+    """Classes 0 to 2 differ in their length alone; class CLASSES - 1 differs in all."""
+    far = lifetime.CLASSES - 1
+    used, exposed = {0: 50.0, far: 0.0}, {0: 100.0, far: 1000.0}
+    unseen = curves(used, exposed)
+    assert (unseen[1] == unseen[2]).all() and unseen[1] == pytest.approx(unseen[0], rel=0.1)
+    assert (unseen[far] < 0.01).all()
+    few, many = (curves(used | {1: 0.0}, exposed | {1: sequences})[1, 0] for sequences in (0.01, 1000.0))
+    assert few == pytest.approx(unseen[1, 0], rel=0.3) and many < 0.01
+
+
 def test_lifetime_learns_when_blocks_come_back():
     """Blocks of short sequences are used every 200 blocks, those of long ones never."""
     blocks = Blocks(4000, 4000)
@@ -142,8 +178,9 @@ def test_lifetime_learns_when_blocks_come_back():
     again = np.array([1])
     blocks.enter(1, -1, 0, -1)
     block = 2
-    for _ in range(60):
-        life.before_use(again, blocks.clock - blocks["last_use"][again])
+    for round in range(60):
+        if round:
+            life.before_use(again, blocks.clock - blocks["last_use"][again])
         blocks.use(again, 0)
         life.after_use(again)
         for _ in range(5):
