@@ -14,7 +14,7 @@ from attrs import frozen
 from sagellm.batch import Columns
 from sagellm.trees import Trees
 
-LENGTHS = (16, 8, 5, 3)
+LENGTHS = (16, 8, 4, 2)
 """Of the n-grams, the longest first."""
 LONGEST = LENGTHS[0]
 DEPTHS = (12, 4)

@@ -6,6 +6,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from sagellm.engine.core import EngineCore
 from sagellm.errors import UserError
 
 PASS = "speculative-branching"
+PACKAGE = Path(__file__).parent.parent
+DOCUMENT, GIVEN = 300, 8
+"""Tokens of a document that is to be quoted, and of its beginning that is given."""
 NAMES = (
     "total",
     "count",
@@ -49,6 +53,16 @@ def edits(count: int, encode: Callable[[str], list[int]]) -> list[list[int]]:
             text += f"# before\n{code}# Rename {a} to {new}:\n"
             asked, text = text, text + re.sub(rf"\b{a}\b", new, code)
         prompts.append(encode(asked))
+    return prompts
+
+
+def quotes(count: int, encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """Prompts that hold a document, a source file of this package, and ask to quote it: its first tokens come again."""
+    prompts = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        document = encode(file.read_text(encoding="utf-8"))[:DOCUMENT]
+        if len(document) == DOCUMENT and len(prompts) < count:
+            prompts.append([*document, *encode("\n# quote:\n"), *document[:GIVEN]])
     return prompts
 
 
