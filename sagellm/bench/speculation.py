@@ -83,7 +83,7 @@ def compare(
     without = ",".join(name for name in named if name.partition("{")[0] != PASS)
     seconds, stats, different = [], None, 0
     for _ in range(repeats + 1):
-        cores = [EngineCore(config.changed(pipeline=p)) for p in (without, config.pipeline)]
+        cores = [EngineCore(config.changed(pipeline=without, draft_model=None)), EngineCore(config)]
         both = np.zeros(2)
         for number, wave in enumerate(waves):
             took, told = zip(*(_serve(core, wave, how, number) for core in cores))
