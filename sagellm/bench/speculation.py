@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import re
 import time
@@ -83,6 +84,8 @@ def compare(
     without = ",".join(name for name in named if name.partition("{")[0] != PASS)
     seconds, stats, different = [], None, 0
     for _ in range(repeats + 1):
+        cores = []
+        gc.collect()  # cores hold themselves in cycles, and much memory
         cores = [EngineCore(config.changed(pipeline=without, draft_model=None)), EngineCore(config)]
         both = np.zeros(2)
         for number, wave in enumerate(waves):
