@@ -45,6 +45,8 @@ class EngineConfig:
 
     model: str = field(default="builtin", converter=_path_text, validator=checks.text)
     """A folder, a name on the Hugging Face hub, or `builtin`."""
+    draft_model: str | None = field(default=None, converter=_path_text, validator=optional(checks.text))
+    """A smaller model of the same vocabulary that guesses tokens ahead, given as `model` is; None: only text does."""
     target: str = field(default=AUTO, validator=checks.text)
     """Backend to compile for; auto takes the best of this machine."""
     dtype: str = field(default=AUTO, converter=full_name, validator=checks.one_of((AUTO, *FLOATS)))

@@ -1,4 +1,5 @@
-"""What may come next: text that was seen before, found by its last tokens. Leaf, numpy only.
+"""What may come next: text that was seen before, found by its last tokens, or what a smaller model says. Leaf, numpy
+only.
 
 As in SuffixDecoding (Oliaro et al. 2024) and prompt lookup, guesses are what followed the longest repetition of a
 sequence's end, in its own text or in that of others of the same tenant. Instead of a suffix tree there is a table of
@@ -8,13 +9,16 @@ is bounded: text of sequences that ended lies in a ring, and newer n-grams take 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from attrs import frozen
 
-from sagellm.batch import Columns
+from sagellm.batch import MOST_DRAFTS, Columns
+from sagellm.target import StepCost
 from sagellm.trees import Trees
 
-LENGTHS = (16, 8, 5, 3)
+LENGTHS = (16, 8, 4, 2)
 """Of the n-grams, the longest first."""
 LONGEST = LENGTHS[0]
 DEPTHS = (12, 4)
@@ -23,11 +27,13 @@ DEPTH = DEPTHS[0]
 HISTORY = 1 << 17
 """Tokens kept of sequences that ended, and n-grams kept of each length: 6 MiB in all."""
 NOTHING = -1
+MODEL = len(LENGTHS)
+"""The level of guesses that a draft model made; the others are n-gram lengths."""
 
 FORGET = 0.98
 """Weight of what was seen before, each time that guesses of an n-gram length are verified."""
-PRIOR = (0.8, 0.7, 0.6, 0.5)
-"""Part of the guesses that is expected to hold, by n-gram length, before any was verified; worth `TRUST` guesses."""
+PRIOR = (0.8, 0.7, 0.6, 0.5, 0.6)
+"""Part of the guesses that is expected to hold, by level, before any was verified; worth `TRUST` guesses."""
 TRUST = 4.0
 MOST = 0.97
 """No guess is surer than this."""
@@ -48,13 +54,30 @@ class Guesses:
     """[D] which of LENGTHS the first was found by."""
 
 
+class DraftModel(Protocol):
+    """A smaller model that guesses what a larger one will say."""
+
+    cost: StepCost
+    longest: int
+    """Tokens of the longest sequence that it can guess for."""
+
+    def behind(self, rows: np.ndarray) -> np.ndarray:
+        """[D] tokens of each row, all but the last, that it has not seen."""
+        ...
+
+    def guess(self, rows: np.ndarray, depth: int) -> np.ndarray:
+        """int32 [D, depth]: how each row may go on, -1 behind the end; none where it has no room or not yet caught
+        up."""
+        ...
+
+
 class Drafts:
     """The text of the running sequences, which stays in the columns, and of those that ended."""
 
     def __init__(self, columns: Columns):
         self.columns = columns
-        self.waited = 0
-        """Steps since guesses that did not seem to pay were last tried."""
+        self.waited = self.model_waited = 0
+        """Steps since guesses that did not seem to pay were last tried, and those of the draft model."""
         self.rest = self.pause = 0
         """Steps that nothing is looked for, and how many of them a vain look is worth: more after each, none after a
         good one."""
@@ -77,24 +100,19 @@ class Drafts:
         self._sample = np.zeros(capacity, np.int64)
         self._seen = np.zeros(capacity, np.int64)
         """Tokens of the row whose n-grams are in the table: all but the last, behind which nothing is known yet."""
-        self._held, self._tried = np.zeros(capacity), np.zeros(capacity)
+        self._held, self._tried = np.zeros((2, capacity, 2))
+        """By row, of guesses from text and from a model."""
         self._level = np.zeros(capacity, np.int64)
-        self.held, self.tried = np.array(PRIOR) * TRUST, np.full(len(LENGTHS), TRUST)
-        """Guesses that held, and that were verified behind ones that held, by n-gram length; older ones count less."""
+        self.held, self.tried = np.array(PRIOR) * TRUST, np.full(len(PRIOR), TRUST)
+        """Guesses that held, and that were verified behind ones that held, by level; older ones count less."""
 
     # text comes and goes
 
     def follow(self, rows: np.ndarray) -> np.ndarray:
         """Take in what these rows got since they were last seen. Returns where their ends were seen before: int64
         [D, LENGTHS], -1 for nowhere."""
-        if self._table is None:
-            self._begin()
+        self._meet(rows)
         c = self.columns
-        fresh = (self._number[rows] != c.number[rows]) | (self._sample[rows] != c.sample[rows])
-        if fresh.any():
-            new = rows[fresh]
-            self._number[new], self._sample[new] = c.number[new], c.sample[new]
-            self._seen[new] = self._held[new] = self._tried[new] = 0
         lag = c.length[rows] - self._seen[rows]
         last = np.cumsum(lag) - 1
         owner = np.repeat(rows, lag)
@@ -108,6 +126,17 @@ class Drafts:
         table[entries[before]] = places[before, None]
         table[-1] = NOTHING
         return table[entries[last]]
+
+    def _meet(self, rows: np.ndarray) -> None:
+        """Of rows that others had before, nothing is known."""
+        if self._table is None:
+            self._begin()
+        c = self.columns
+        fresh = (self._number[rows] != c.number[rows]) | (self._sample[rows] != c.sample[rows])
+        if fresh.any():
+            new = rows[fresh]
+            self._number[new], self._sample[new] = c.number[new], c.sample[new]
+            self._seen[new] = self._held[new] = self._tried[new] = 0
 
     def _entries(self, windows: np.ndarray, tenants: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Table entries int64 [K, LENGTHS] of the n-grams at the end of windows [K, LONGEST]; the text before that end
@@ -192,8 +221,8 @@ class Drafts:
 
     def _chances(self, rows, levels, tokens, fork) -> np.ndarray:
         of_level = self.held / self.tried
-        held = self._held[rows][:, None] + TRUST * of_level[levels]
-        each = np.minimum(held / (self._tried[rows][:, None] + TRUST), MOST)[..., None]
+        held = self._held[rows, :1] + TRUST * of_level[levels]
+        each = np.minimum(held / (self._tried[rows, :1] + TRUST), MOST)[..., None]
         depth = np.arange(DEPTH)
         along = each ** (depth + 1)
         instead = (1 - each[:, 0]) * each[:, 0] ** fork[:, None]
@@ -217,6 +246,19 @@ class Drafts:
             c.draft_tokens[row, a : a + b] = guesses.tokens[i, 1, fork : fork + b]
             c.draft_parents[row, a : a + b] = [fork, *range(a + 1, a + b)][:b]
 
+    def of_model(self, rows: np.ndarray) -> np.ndarray:
+        """[D] how likely a draft model's next guess for each row holds."""
+        self._meet(rows)
+        held = self._held[rows, 1] + TRUST * self.held[MODEL] / self.tried[MODEL]
+        return np.minimum(held / (self._tried[rows, 1] + TRUST), MOST)
+
+    def write_model(self, rows: np.ndarray, tokens: np.ndarray) -> None:
+        """Put a draft model's guesses, int32 [D, depth] with -1 behind the end, into the columns."""
+        c, depth = self.columns, tokens.shape[1]
+        c.drafted[rows], self._level[rows] = (tokens >= 0).sum(1), MODEL
+        c.draft_tokens[rows, :depth] = np.maximum(tokens, 0)
+        c.draft_parents[rows] = np.arange(MOST_DRAFTS)
+
     def learn(self, trees: Trees, nodes: np.ndarray) -> None:
         """How far the first continuation of each tree held."""
         rows, cells = trees.rows[nodes], trees.cells[nodes]
@@ -227,9 +269,10 @@ class Drafts:
         guessed = np.bincount(trees.rows[first], minlength=capacity)
         rows = np.flatnonzero(guessed)
         held, tried = held[rows], np.minimum(held[rows] + 1, guessed[rows])
-        self._held[rows] = FORGET**4 * self._held[rows] + held
-        self._tried[rows] = FORGET**4 * self._tried[rows] + tried
         levels = self._level[rows]
-        kept = FORGET ** np.bincount(levels, minlength=len(LENGTHS))
-        self.held = self.held * kept + np.bincount(levels, held, len(LENGTHS))
-        self.tried = self.tried * kept + np.bincount(levels, tried, len(LENGTHS))
+        by = rows, (levels == MODEL).astype(int)
+        self._held[by] = FORGET**4 * self._held[by] + held
+        self._tried[by] = FORGET**4 * self._tried[by] + tried
+        kept = FORGET ** np.bincount(levels, minlength=len(PRIOR))
+        self.held = self.held * kept + np.bincount(levels, held, len(PRIOR))
+        self.tried = self.tried * kept + np.bincount(levels, tried, len(PRIOR))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import re
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +19,9 @@ from sagellm.engine.core import EngineCore
 from sagellm.errors import UserError
 
 PASS = "speculative-branching"
+PACKAGE = Path(__file__).parent.parent
+DOCUMENT, GIVEN = 300, 8
+"""Tokens of a document that is to be quoted, and of its beginning that is given."""
 NAMES = (
     "total",
     "count",
@@ -52,6 +57,16 @@ def edits(count: int, encode: Callable[[str], list[int]]) -> list[list[int]]:
     return prompts
 
 
+def quotes(count: int, encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """Prompts that hold a document, a source file of this package, and ask to quote it: its first tokens come again."""
+    prompts = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        document = encode(file.read_text(encoding="utf-8"))[:DOCUMENT]
+        if len(document) == DOCUMENT and len(prompts) < count:
+            prompts.append([*document, *encode("\n# quote:\n"), *document[:GIVEN]])
+    return prompts
+
+
 def unlike(count: int, length: int, vocabulary: int) -> list[list[int]]:
     """Random prompts."""
     return np.random.default_rng(0).integers(FIRST_TOKEN, vocabulary, (count, length)).tolist()
@@ -69,7 +84,9 @@ def compare(
     without = ",".join(name for name in named if name.partition("{")[0] != PASS)
     seconds, stats, different = [], None, 0
     for _ in range(repeats + 1):
-        cores = [EngineCore(config.changed(pipeline=p)) for p in (without, config.pipeline)]
+        cores = []
+        gc.collect()  # cores hold themselves in cycles, and much memory
+        cores = [EngineCore(config.changed(pipeline=without, draft_model=None)), EngineCore(config)]
         both = np.zeros(2)
         for number, wave in enumerate(waves):
             took, told = zip(*(_serve(core, wave, how, number) for core in cores))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import click
 
 from sagellm.cli.bench import JSON
@@ -21,22 +24,23 @@ COLUMNS = (
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 @JSON
 def speculation(output: int, requests: int, batch: int, repeats: int, as_json: bool, **given) -> None:
-    """Code edits one by one (where the model has a tokenizer), random prompts one by one and once more, and a batch of
-    random texts.
+    """Code edits one by one (where the model has a tokenizer), random prompts one by one and once more, a batch of
+    random texts, and documents to quote, one by one: by a model that can, of the size of the built-in one.
 
     Both engines serve a wave of requests before the next; seconds are medians, `ratio` is plain over guessing.
     """
     from sagellm.batch import SamplingParams
     from sagellm.bench import speculation as measure
+    from sagellm.bench.copier import write_copier
     from sagellm.bench.report import show
     from sagellm.engine.engine import SageLLMEngine
 
     config = engine_config(take(given, MODEL_NAMES))
+    greedy = SamplingParams(max_tokens=output, ignore_eos=True)
+    drawn = SamplingParams(max_tokens=2 * output, ignore_eos=True, temperature=1.0)
     with SageLLMEngine(config=config) as engine:
         vocabulary = engine.vocab_size
         edits = measure.edits(requests, engine.tokenizer.encode) if engine.tokenizer else []
-    greedy = SamplingParams(max_tokens=output, ignore_eos=True)
-    drawn = SamplingParams(max_tokens=2 * output, ignore_eos=True, temperature=1.0)
     some = measure.unlike(requests, 32, vocabulary)
     waves = {
         **({"edits": ([[prompt] for prompt in edits], greedy)} if edits else {}),
@@ -46,4 +50,11 @@ def speculation(output: int, requests: int, batch: int, repeats: int, as_json: b
     results = []
     for name, (wave, how) in waves.items():
         results.append({"workload": name} | measure.compare(config, wave, how, repeats))
+    with TemporaryDirectory() as folder:
+        copier = config.changed(model=str(write_copier(Path(folder))))
+        with SageLLMEngine(config=copier) as engine:
+            quotes = measure.quotes(requests, engine.tokenizer.encode)
+        results.append(
+            {"workload": "quotes"} | measure.compare(copier, [[q] for q in quotes], greedy, repeats)
+        )
     show(results, COLUMNS, as_json)

@@ -24,6 +24,7 @@ MODEL = (
         help="YAML or JSON file of settings; options go before it.",
     ),
     click.option("--model", "-m", help="Folder, hub name, or builtin.  [default: builtin]"),
+    click.option("--draft-model", help="A smaller model of the same vocabulary, to guess tokens ahead."),
     click.option(
         "--target", "--device", "target", help="Backend to compile for; auto for the best.  [default: auto]"
     ),
@@ -43,7 +44,7 @@ MODEL = (
 )
 """Settings of an engine. What is not given is None here: the file or `EngineConfig` says it."""
 MODEL_NAMES = (
-    "config", "model", "target", "dtype", "kv_dtype", "pipeline", "tensor_parallel", "topology",
+    "config", "model", "draft_model", "target", "dtype", "kv_dtype", "pipeline", "tensor_parallel", "topology",
     "block_size", "max_batched_tokens", "max_length",
 )  # fmt: skip
 

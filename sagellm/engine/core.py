@@ -11,11 +11,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
+from attrs import evolve
 
 from sagellm import backends
 from sagellm.backends.base import KVCache, require_device
 from sagellm.batch import Batch
 from sagellm.config import EngineConfig
+from sagellm.engine.drafter import Drafter
 from sagellm.engine.events import LENGTH, NOTHING, REASONS, STOP, Began, Failed, StepEvents, Token
 from sagellm.engine.load import Progress, load_weights
 from sagellm.engine.planner import Planner
@@ -65,6 +67,9 @@ class EngineCore(Planner):
         self.executor = Executor(
             self.backend, self.columns, self.kv, self.cache, self.weights, self._function, self.ranks
         )
+        self.drafter = None if self.draft is None else Drafter(self.draft, self.columns, progress)
+        self.view = evolve(self.view, draft_model=self.drafter)
+        self._executors = [self.executor, *([self.drafter.executor] if self.drafter else [])]
 
     def _function(self, name: str, words: tuple[str, ...]) -> Callable:
         """The compiled function of the model graph for these row kinds or sampling stages."""
@@ -107,7 +112,9 @@ class EngineCore(Planner):
         """One step of the engine, as columns."""
         if not self.busy:
             return NOTHING
-        began, self.executor.device_seconds = time.perf_counter(), 0.0
+        began = time.perf_counter()
+        for executor in self._executors:
+            executor.device_seconds = 0.0
         batch = self.schedule()
         now = self.scheduler.clock()
         started = self._note_begun(now)
@@ -120,7 +127,7 @@ class EngineCore(Planner):
         if self.kv.host is not None:
             self._compare_ways_back(sum(outcome.forwarded for _, outcome in results))
         self.times.step.add_one(took)
-        self.times.host.add_one(took - self.executor.device_seconds)
+        self.times.host.add_one(took - sum(executor.device_seconds for executor in self._executors))
         return _merged(events, started, failed)
 
     def _try_without(self, batch: Batch) -> tuple[str, str, int] | None:
@@ -288,6 +295,7 @@ class EngineCore(Planner):
             verify_steps=count.verify_steps,
             drafted=count.drafted,
             accepted=count.accepted,
+            draft_steps=self.drafter.steps if self.drafter else 0,
             evicted=dict(kv.counts.evicted),
             offloaded_blocks=kv.counts.offloaded,
             copied_blocks=kv.counts.copied,

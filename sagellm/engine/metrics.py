@@ -34,6 +34,7 @@ COUNTERS = {
     "verify_steps": ("verify_steps", "Steps that verified guessed tokens."),
     "drafted": ("drafted_tokens", "Tokens guessed."),
     "accepted": ("accepted_tokens", "Of these, the ones that were right."),
+    "draft_steps": ("draft_steps", "Forwards of the draft model."),
     "offloaded_blocks": ("kv_blocks_offloaded", "KV blocks copied to host memory as they left the device."),
     "copied_blocks": ("kv_blocks_copied", "KV blocks copied before a write, as others held them."),
     "preemptions": ("preemptions", "Sequences put back as the KV cache was full."),

@@ -22,12 +22,16 @@ from sagellm.drafts import Drafts
 from sagellm.errors import UserError
 from sagellm.models.config import load_config
 from sagellm.models.hub import resolve
+from sagellm.models.vocabulary import check_same
 from sagellm.passes.driver import StepView
 from sagellm.passes.shard import Shard
+from sagellm.passes.speculative_branching import SpeculativeBranching
 from sagellm.runtime.kv import KVManager
 from sagellm.runtime.scheduler import Scheduler
 from sagellm.schemas import DTYPE_BYTES, KVCacheSchema
 from sagellm.target import AttentionShape, StepCost
+
+ACROSS_RANKS = ("shard", "comm-compute-overlap")
 
 
 def available_memory() -> int:
@@ -104,6 +108,8 @@ class Planner:
             max_queue=config.max_queue,
             end_tokens=tuple(self.model.eos_token_ids),
         )
+        self.draft = None if config.draft_model is None else self._plan_drafts(config.draft_model)
+        """What the draft model needs, where there is one."""
         self._numbers = count()
         self._seeds = np.random.default_rng(config.seed)
 
@@ -118,6 +124,32 @@ class Planner:
             )
         if ranks > 1 and self.config.record:
             raise UserError(f"record is set and tensor_parallel is {ranks}; accepted: steps of 1 rank")
+
+    def _plan_drafts(self, name: str) -> Planner:
+        """The planner of the draft model, whole on the first rank; UserError where it does not fit the model."""
+        passes = self.pipeline.passes
+        if not any(isinstance(p, SpeculativeBranching) for p in passes):
+            raise UserError(
+                f"draft_model is {name!r} and pipeline {str(self.pipeline)!r} lacks {SpeculativeBranching.name}; "
+                "accepted: one that has it"
+            )
+        folder = resolve(name)
+        model = load_config(folder, name)
+        check_same(self.model, self.folder, model, folder)
+        return Planner(
+            self.config.changed(
+                model=name,
+                draft_model=None,
+                pipeline=",".join(
+                    str(p) for p in passes if p.graph == "model" and p.name not in ACROSS_RANKS
+                ),
+                max_length=min(self.columns.max_length, model.max_positions),
+                tensor_parallel=1,
+                prefix_caching=False,
+                host_kv_gib=0.0,
+                record=None,
+            )
+        )
 
     def rank_program(self) -> CompiledModel:
         """A model program, by whose weights program a rank loads, once what it caches is what the KV cache holds."""

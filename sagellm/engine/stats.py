@@ -120,6 +120,8 @@ class EngineStats:
     """Tokens guessed."""
     accepted: int
     """Of these, the ones that were right."""
+    draft_steps: int
+    """Forwards of the draft model."""
     evicted: dict[str, int]
     """Why KV blocks left the prefix cache -> how many: a policy that made room, `rewritten`, `reset`."""
     offloaded_blocks: int

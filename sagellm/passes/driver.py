@@ -18,7 +18,7 @@ from xdsl.utils.arg_spec import parse_pipeline
 from xdsl.utils.exceptions import ArgSpecParseError
 
 from sagellm.batch import Batch
-from sagellm.drafts import Drafts
+from sagellm.drafts import DraftModel, Drafts
 from sagellm.errors import UserError, unknown
 from sagellm.ir.attrs import TableAttr
 from sagellm.ir.check import describe
@@ -71,6 +71,8 @@ class StepView:
     """What a step takes, by its tokens; None where there is no model."""
     drafts: Drafts | None = None
     """What may come next; None where nobody keeps it."""
+    draft_model: DraftModel | None = None
+    """A smaller model that guesses what comes next; None where there is none."""
     kv: KVView | None = None
     """The engine's KV cache; None where a batch is looked at outside one."""
 

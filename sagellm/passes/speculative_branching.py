@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from sagellm.batch import Batch, Phase
+from sagellm.drafts import DEPTH, NOTHING, Drafts, Guesses
 from sagellm.ir.attrs import group_type, rows_type, word
 from sagellm.ir.dialects import batch as b
 from sagellm.ir.dialects import spec
@@ -30,6 +31,8 @@ class SpeculativeBranching(Pass):
     decide: guesses are what followed the same last tokens before, in this text or in another of the same tenant, and
     a second continuation where there is one. How likely each will hold is measured, by the length of the repetition
     and by sequence; the likeliest are taken, as many as give most tokens per second by the cost model.
+    A draft model, where there is one, guesses for the sequences that it is likelier to be right about, if that pays for
+    its own steps.
     apply: puts `spec.branch` behind the decodes, `spec.verify` and `spec.commit` before the commit.
     A token is chosen as it would be without guesses: outputs stay the same, sampled ones too.
     Declines in a step with prompts, where nothing is known to follow, where so many sequences decode that guesses
@@ -53,37 +56,111 @@ class SpeculativeBranching(Pass):
         if room <= 0 or self._best(np.ones(room), len(rows), cost) == 0:
             return
         drafts.waited += 1
+        firsts = np.zeros(len(rows))
+        known, guesses = self._look(rows, drafts)
+        chosen = None
+        if guesses is not None:
+            firsts[known] = guesses.chances[:, 0, 0]
+            chosen = self._choose(guesses, len(rows), room, drafts, cost)
+        sure = np.zeros(len(rows)), np.zeros(len(rows), int)
+        if chosen is not None:
+            sure[0][known] = np.where(chosen, guesses.chances, 0).sum((1, 2))
+            sure[1][known] = chosen.sum((1, 2))
+        asked = self._ask(batch, view, room, firsts, *sure)
+        if chosen is not None:
+            chosen[np.isin(known, asked)] = False
+            drafts.write(rows[known], guesses, chosen)
+        some = c.drafted[rows] > 0
+        if not some.any():
+            return
+        batch.decode = np.concatenate([rows[~some], rows[some]])
+        batch.facts[Phase.DECODE] = (DRAFTED,)
+        if batch.notes.pop(PrefixDedup.name, None):
+            batch.declines[PrefixDedup.name] = "guesses are verified in this step, and their rows read alone"
+        of_text = sure[0][some & ~np.isin(np.arange(len(rows)), asked)].sum()
+        by = f", those of {len(asked)} by the draft model" if len(asked) else ""
+        batch.notes[self.name] = (
+            f"{c.drafted[rows].sum()} tokens are guessed for {some.sum()} of {len(rows)} sequences{by}; "
+            f"{of_text:.1f} of those from text are expected to hold"
+        )
+
+    def _look(self, rows: np.ndarray, drafts: Drafts) -> tuple[np.ndarray, Guesses | None]:
+        """Which of the rows text is known for, and what it says; many rows are not looked at in every step."""
+        nothing = np.zeros(0, np.int64), None
         if drafts.rest > 0:
             drafts.rest -= 1
-            return
+            return nothing
         drafts.pause = drafts.rest = min(2 * drafts.pause + 1, len(rows) // 2)
         found = drafts.follow(rows)
         known = np.flatnonzero((found >= 0).any(1))
         guesses = drafts.guess(rows[known], found[known]) if len(known) else None
-        if guesses is None:
-            return
+        return nothing if guesses is None else (known, guesses)
+
+    def _choose(
+        self, guesses: Guesses, rows: int, room: int, drafts: Drafts, cost: StepCost
+    ) -> np.ndarray | None:
+        """Which guesses from text are worth it, bool as their chances; None where none is."""
         order = np.argsort(-guesses.chances, axis=None, kind="stable")[:room]
         chances = guesses.chances.ravel()[order]
         order, chances = order[chances > 0], chances[chances > 0]
-        count = self._best(chances, len(rows), cost)
+        count = self._best(chances, rows, cost)
         if count > 0:
             drafts.pause = drafts.rest = 0
         elif len(order) and drafts.waited >= self.probe:
             count, drafts.waited = min(2, len(order)), 0
         else:
-            return
+            return None
         chosen = np.zeros(guesses.chances.size, bool)
         chosen[order[:count]] = True
-        drafts.write(rows[known], guesses, chosen.reshape(guesses.chances.shape))
-        some = c.drafted[rows] > 0
-        batch.decode = np.concatenate([rows[~some], rows[some]])
-        batch.facts[Phase.DECODE] = (DRAFTED,)
-        if batch.notes.pop(PrefixDedup.name, None):
-            batch.declines[PrefixDedup.name] = "guesses are verified in this step, and their rows read alone"
-        batch.notes[self.name] = (
-            f"{count} tokens are guessed for {some.sum()} of {len(rows)} sequences, "
-            f"{chances[:count].sum():.1f} are expected to hold"
-        )
+        return chosen.reshape(guesses.chances.shape)
+
+    def _ask(
+        self, batch: Batch, view: StepView, room: int, firsts: np.ndarray, held: np.ndarray, taken: np.ndarray
+    ) -> np.ndarray:
+        """Have the draft model guess for rows that it is likelier to be right about than text is: for as many and as
+        deep as give most tokens per second, its own steps included. Writes the guesses; returns whose they are.
+
+        By row: `firsts`, how likely the first guess from text holds; `taken`, its guesses; `held`, how many will hold.
+        """
+        c, rows, drafts, model, cost = batch.columns, batch.decode, view.drafts, view.draft_model, view.step
+        nobody = np.zeros(0, np.int64)
+        if model is None:
+            return nobody
+        drafts.model_waited += 1
+        likely = drafts.of_model(rows)
+        left = np.minimum(np.minimum(c.limit[rows], c.max_length), model.longest) - c.length[rows] - 1
+        able = np.flatnonzero((likely > firsts) & (left > 0))
+        able = able[np.argsort(-likely[able], kind="stable")][:room]
+        if not len(able):
+            return nobody
+        depth, many = np.arange(1, DEPTH + 1), np.arange(1, len(able) + 1)[:, None]
+        there = depth <= left[able, None]
+        others, sure = (some.sum() - np.cumsum(some[able])[:, None] for some in (taken, held))
+        nodes = others + there.cumsum(1).cumsum(0)
+        gain = sure + (there * likely[able, None] ** depth).cumsum(1).cumsum(0)
+        late = np.cumsum(model.behind(rows[able]) / left[able])[
+            :, None
+        ]  # is made up for by all that is still to come
+        took = cost.seconds(len(rows) + nodes) + cost.verify
+        took = took + depth * model.cost.seconds(many) + late * model.cost.token
+        rate = np.where(nodes <= room, (len(rows) + gain) / took, 0)
+        most, deep = np.unravel_index(rate.argmax(), rate.shape)
+        wanted = self.gain * len(rows) / cost.seconds(len(rows))
+        if taken.any():
+            wanted = max(
+                wanted, (len(rows) + held.sum()) / (cost.seconds(len(rows) + taken.sum()) + cost.verify)
+            )
+        if rate[most, deep] < wanted:
+            if drafts.model_waited < self.probe:
+                return nobody
+            most, deep = 0, 0
+        drafts.model_waited = 0
+        asked = able[: most + 1]
+        tokens = model.guess(rows[asked], int(deep) + 1)
+        tokens[np.arange(deep + 1) >= left[asked, None]] = NOTHING
+        asked, tokens = asked[tokens[:, 0] >= 0], tokens[tokens[:, 0] >= 0]
+        drafts.write_model(rows[asked], tokens)
+        return asked
 
     def _best(self, chances: np.ndarray, rows: int, cost: StepCost) -> int:
         """How many guesses, the likeliest first, give most tokens per second; 0 where none gives enough."""

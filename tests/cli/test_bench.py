@@ -2,8 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
+from checkpoints import make_core, serve, tokens_of
 
+from sagellm.batch import SamplingParams
+from sagellm.bench.copier import write_copier
 from sagellm.cli import capture
 
 pytest_plugins = ["checkpoints"]
@@ -37,12 +41,22 @@ def test_latency_of_single_requests_and_of_a_short_one_behind_a_long_one(model):
 
 def test_guessing_is_compared_with_plain_steps(model):
     """The model has no tokenizer, so there are no code edits."""
-    again, batch = results(
+    again, batch, quotes = results(
         "speculation", "-m", model, "--output", "12", "--requests", "2", "--batch", "3", "--repeats", "1"
     )
     assert again["workload"] == "again" and again["accepted"] > 0 and again["steps"] < 48
     assert batch["workload"] == "random x3" and batch["requests"] == 3
-    assert again["different"] == batch["different"] == 0 and min(again["ratio"], batch["ratio"]) > 0
+    assert quotes["accepted"] > 10 and quotes["steps"] < 10
+    assert again["different"] == batch["different"] == quotes["different"] == 0
+    assert min(again["ratio"], batch["ratio"], quotes["ratio"]) > 0
+
+
+def test_the_model_that_quotes_finds_the_place(tmp_path):
+    core = make_core(write_copier(tmp_path))
+    document = np.random.default_rng(0).integers(3, 4096, 200).tolist()
+    prompts = [document + document[at : at + 8] for at in range(0, 96, 16)]
+    quoted = tokens_of(serve(core, prompts, SamplingParams(max_tokens=40)))
+    assert quoted == [document[at + 8 : at + 48] for at in range(0, 96, 16)]
 
 
 def test_throughput_counts_every_token(model):
