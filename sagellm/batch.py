@@ -16,6 +16,7 @@ import numpy as np
 from attrs import define, field
 
 from sagellm.errors import UserError
+from sagellm.grammar import Grammar
 
 MOST_DRAFTS = 16
 """Guesses of one sequence in one step."""
@@ -104,6 +105,9 @@ class SamplingParams:
     """The same for each token of the prompt but the first; the prompt is then computed whole."""
     n: int = field(default=1, validator=_whole(1, 128))
     """Outputs wanted; they share the prompt's keys and values."""
+    grammar: Grammar | None = field(default=None)
+    """What each output must look like: see `Grammar.json`, `regex`, `choice` and `lark`. It ends where nothing can
+    follow, whatever `min_tokens` says."""
 
     @seed.validator
     def _check_seed(self, attribute, value) -> None:
@@ -141,6 +145,11 @@ class SamplingParams:
         if value is not None:
             _whole(0, 20)(self, attribute, value)
 
+    @grammar.validator
+    def _check_grammar(self, attribute, value) -> None:
+        if value is not None and not isinstance(value, Grammar):
+            raise UserError(f"grammar is {value!r}; accepted: a Grammar, or nothing")
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
@@ -174,6 +183,7 @@ class Stage(IntFlag):
     MIN_P = 8
     PENALTIES = 16
     BIAS = 32
+    GRAMMAR = 64
 
     @classmethod
     def of(cls, sampling: SamplingParams) -> Stage:
@@ -186,6 +196,8 @@ class Stage(IntFlag):
             stages |= cls.PENALTIES
         if sampling.logit_bias or sampling.min_tokens:
             stages |= cls.BIAS
+        if sampling.grammar is not None:
+            stages |= cls.GRAMMAR
         if sampling.greedy:
             return stages
         stages |= cls.DRAW
@@ -258,6 +270,8 @@ class Columns:
         """Tokens that end the sequence."""
         self.bias_tokens = np.full((capacity, 0), -1, np.int32)
         self.bias = np.zeros((capacity, 0), np.float32)
+        self.allowed = np.zeros((capacity, 0), np.int32)
+        """Bit t of a row's whole numbers is set where token t may come next; empty until a row has a grammar."""
         self.logprobs = np.full(capacity, -1, np.int32)
         """How many likeliest tokens to report beside the chosen one; -1 reports nothing."""
         self.prompt_logprobs = np.full(capacity, -1, np.int32)

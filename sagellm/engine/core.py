@@ -13,14 +13,16 @@ from types import SimpleNamespace
 import numpy as np
 
 from sagellm.backends.base import KVCache
-from sagellm.batch import Batch
+from sagellm.batch import Batch, Request, Stage
 from sagellm.config import EngineConfig
-from sagellm.engine.events import LENGTH, NOTHING, REASONS, STOP, Began, Failed, StepEvents, Token
+from sagellm.engine.events import ERROR, LENGTH, NOTHING, REASONS, STOP, Began, Failed, StepEvents, Token
+from sagellm.engine.grammars import Grammars, RowGrammars
 from sagellm.engine.load import Progress, load_weights
 from sagellm.engine.planner import Planner
 from sagellm.engine.ranks import Ranks, ShardedCache
 from sagellm.engine.record import begin_recording
 from sagellm.engine.stats import Counters, EngineStats, Times
+from sagellm.engine.tokenizer import TOKENIZER_FILE, Tokenizer
 from sagellm.errors import RankLost, UserError
 from sagellm.models.checkpoint import Checkpoint
 from sagellm.runtime import logprobs
@@ -57,6 +59,23 @@ class EngineCore(Planner):
         self.executor = Executor(
             self.backend, self.columns, self.kv, self.cache, self.weights, self._function, self.ranks
         )
+
+        has_text = (self.folder / TOKENIZER_FILE).exists()
+        self.grammars = RowGrammars(
+            self.columns,
+            Grammars(
+                (lambda: Tokenizer.load(self.folder)) if has_text else None,
+                self.model.vocab_size,
+                self.model.eos_token_ids,
+            ),
+        )
+
+    def submit(self, request: Request, number: int | None = None, *, again: bool = False) -> int:
+        """As the planner's; a grammar that cannot be followed is refused too."""
+        grammar = request.sampling.grammar
+        if grammar is not None:
+            self.grammars.grammars.matcher(grammar)
+        return super().submit(request, number, again=again)
 
     def _function(self, name: str, words: tuple[str, ...]) -> Callable:
         """The compiled function of the model graph for these row kinds or sampling stages."""
@@ -197,6 +216,7 @@ class EngineCore(Planner):
     def execute(self, batch: Batch) -> StepOutcome:
         """Stages lower, execute and commit."""
         finish = None
+        self._prepare_grammars(batch)
         if self.config.check_passes and self.counters.steps % self.config.check_passes == 0:
             self._check_passes(batch)
         if self.config.record:
@@ -229,6 +249,7 @@ class EngineCore(Planner):
         positions = outcome.positions
         reasons = np.where((reasons == 0) & (positions + 1 >= c.limit[rows]), LENGTH, reasons).astype(np.int8)
         numbers, samples, indices = c.number[rows], c.sample[rows], positions - c.prompt[rows]
+        failed = self._follow_grammars(rows, tokens, reasons)
         told = logprobs.of_tokens(outcome, c), logprobs.of_prompts(outcome, c)
         self.counters.generated += len(rows)
         self._time(rows, indices)
@@ -239,7 +260,27 @@ class EngineCore(Planner):
             self.view.drafts.ended(row)
             self.scheduler.finish(row)
             self.counters.finished[REASONS[reasons[i]]] += 1
-        return StepEvents(numbers, samples, indices, tokens, reasons, *told)
+        return StepEvents(numbers, samples, indices, tokens, reasons, *told, failed=failed)
+
+    def _prepare_grammars(self, batch: Batch) -> None:
+        rows = batch.output_rows()
+        bound = rows[self.columns.stages[rows] & Stage.GRAMMAR > 0].tolist()
+        if bound:
+            self.grammars.prepare(bound, lambda row: self.scheduler.sequences[row].request.sampling.grammar)
+
+    def _follow_grammars(self, rows: np.ndarray, tokens: np.ndarray, reasons: np.ndarray) -> list[Failed]:
+        """Move the matchers on. Where nothing can follow the output ends, by `reasons`, and where a matcher fails."""
+        c, failed = self.columns, []
+        for i in np.flatnonzero((c.stages[rows] & Stage.GRAMMAR > 0) & (reasons == 0)).tolist():
+            row = int(rows[i])
+            over, why = self.grammars.advance(row, int(tokens[i]))
+            if why:
+                failed.append(Failed(int(c.number[row]), int(c.sample[row]), why))
+                self.scheduler.finish(row)
+                self.counters.finished[REASONS[ERROR]] += 1
+            elif over:
+                reasons[i] = STOP
+        return failed
 
     def _time(self, rows: np.ndarray, indices: np.ndarray) -> None:
         now = self.scheduler.clock()
@@ -296,6 +337,7 @@ class EngineCore(Planner):
 
 
 def _merged(parts: list[StepEvents], began: list[Began], failed: list[Failed]) -> StepEvents:
+    failed = [*failed, *(one for part in parts for one in part.failed)]
     if len(parts) == 1:
         (one,) = parts
         return StepEvents(

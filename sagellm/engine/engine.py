@@ -26,11 +26,13 @@ from sagellm.engine.base import (
     TokenEvent,
 )
 from sagellm.engine.front import Front, Journal
+from sagellm.engine.grammars import Grammars
 from sagellm.engine.link import LINKS, InlineLink
 from sagellm.engine.load import Progress
 from sagellm.engine.stats import EngineStats
 from sagellm.engine.tokenizer import TOKENIZER_FILE, Tokenizer
 from sagellm.errors import UserError
+from sagellm.grammar import Grammar
 from sagellm.schemas import KVCacheSchema, QuantizationProfile
 from sagellm.target import CapabilityDescriptor
 
@@ -59,7 +61,7 @@ class Stream:
 
     def __next__(self) -> TokenEvent:
         event = None if self._over else self._journal.events.get()
-        if event is None:
+        if event is None or self._journal.refused is not None:
             self._finish()
             raise StopIteration
         return event
@@ -75,7 +77,7 @@ class Stream:
             await journal.wake[1].wait()
             journal.wake[1].clear()
         event = None if self._over else journal.events.get()
-        if event is None:
+        if event is None or journal.refused is not None:
             self._finish()
             raise StopAsyncIteration
         return event
@@ -155,6 +157,7 @@ class SageLLMEngine(BaseInferenceEngine):
             Tokenizer.load(folder) if (folder / TOKENIZER_FILE).exists() else None
         )
         """None where the model has none: it takes and gives token ids."""
+        self._grammars = Grammars(lambda: self._tokenizer("a grammar"), self.vocab_size, ())
         self._finalizer = weakref.finalize(self, Front.close, self.front)
         self._state = EngineState.READY
 
@@ -279,6 +282,10 @@ class SageLLMEngine(BaseInferenceEngine):
 
     def encode(self, prompt: Prompt) -> list[int]:
         return self._tokenizer("text").encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raises UserError where outputs cannot follow it. Takes up to a second; the engine goes on meanwhile."""
+        self._grammars.matcher(grammar)
 
     def _tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:

@@ -27,7 +27,7 @@ from sagellm.ir.dialects import batch as b
 from sagellm.ir.dialects import kv
 from sagellm.ir.graph import IRGraph
 
-STAGES = (Stage.BIAS, Stage.PENALTIES, Stage.DRAW, Stage.TOP_K, Stage.TOP_P, Stage.MIN_P)
+STAGES = (Stage.GRAMMAR, Stage.BIAS, Stage.PENALTIES, Stage.DRAW, Stage.TOP_K, Stage.TOP_P, Stage.MIN_P)
 """In the order in which they act."""
 
 

@@ -71,6 +71,8 @@ def build_sampler(vocab_size: int, stages: tuple[str, ...]) -> IRGraph:
     chosen = tensor("int64", None)
     body = Body({"logits": logits, "how": sampling_type(*stages)})
     value, how = body.arguments()
+    if "grammar" in stages:
+        value = body(nn.Allow, [value, how], logits)
     if "bias" in stages:
         value = body(nn.Bias, [value, how], logits)
     if "penalties" in stages:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from sagellm.batch import Batch, Phase
+from sagellm.batch import Batch, Phase, Stage
 from sagellm.ir.attrs import group_type, rows_type, word
 from sagellm.ir.dialects import batch as b
 from sagellm.ir.dialects import spec
@@ -32,6 +32,7 @@ class SpeculativeBranching(Pass):
     and by sequence; the likeliest are taken, as many as give most tokens per second by the cost model.
     apply: puts `spec.branch` behind the decodes, `spec.verify` and `spec.commit` before the commit.
     A token is chosen as it would be without guesses: outputs stay the same, sampled ones too.
+    Sequences with a grammar get no guesses, as what is allowed behind these is not known.
     Declines in a step with prompts, where nothing is known to follow, where so many sequences decode that guesses
     cannot pay, and where those that were verified did not hold often enough; these are tried again one step in `probe`.
     Many sequences that repeat nothing are not looked at in every step.
@@ -58,7 +59,7 @@ class SpeculativeBranching(Pass):
             return
         drafts.pause = drafts.rest = min(2 * drafts.pause + 1, len(rows) // 2)
         found = drafts.follow(rows)
-        known = np.flatnonzero((found >= 0).any(1))
+        known = np.flatnonzero((found >= 0).any(1) & (c.stages[rows] & Stage.GRAMMAR == 0))
         guesses = drafts.guess(rows[known], found[known]) if len(known) else None
         if guesses is None:
             return

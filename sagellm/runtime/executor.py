@@ -214,7 +214,11 @@ class Executor:
         longest = int(lengths.max()) if len(rows) else 0
         known = c.tokens[rows, :longest].astype(np.int64) if trees is None else trees.known(c)
         uniform = random.uniform(c.seed[rows], lengths.astype(np.int64), c.sample[rows])
-        if c.stages[rows].max() >= Stage.BIAS:
+        if (c.stages[rows] & Stage.GRAMMAR).any():
+            bound = np.flatnonzero(c.stages[rows] & Stage.GRAMMAR)
+            how["grammar_rows"] = torch.from_numpy(bound)
+            how["allowed"] = torch.from_numpy(allowed_tokens(c, rows[bound]))
+        if (c.stages[rows] & Stage.BIAS).any():
             some = biases(c, rows, lengths)
             how |= dict(zip(("bias_rows", "bias_tokens", "bias"), map(torch.from_numpy, some)))
         return SimpleNamespace(
@@ -302,6 +306,11 @@ def biases(c: Columns, rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarra
     tokens = np.concatenate([c.bias_tokens[rows][wanted], c.stops[rows][banned]]).astype(np.int64)
     values = np.concatenate([c.bias[rows][wanted], np.full(len(banned_at), -np.inf, np.float32)])
     return np.concatenate([at, banned_at]), tokens, values
+
+
+def allowed_tokens(c: Columns, rows: np.ndarray) -> np.ndarray:
+    """bool [rows, V or wider]: what their grammars let come next."""
+    return np.unpackbits(c.allowed[rows].view(np.uint8), axis=1, bitorder="little").view(bool)
 
 
 def _taken(moves: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ MAX_PROMPTS = 256
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_BIASES = 1024
+MAX_GRAMMAR = 128 * 1024
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Name = Annotated[str, StringConstraints(max_length=256)]
@@ -41,6 +42,38 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool = False
 
 
+GrammarText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_GRAMMAR)]
+Schema = dict[str, Any] | GrammarText
+"""A JSON schema, as it is or as text."""
+Choices = Annotated[
+    list[Annotated[str, StringConstraints(min_length=1, max_length=4096)]], Field(min_length=1)
+]
+
+
+class JSONSchema(Strict):
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: Text | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class PlainFormat(Strict):
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JSONSchema
+
+
+class StructuredOutputs(Strict):
+    json_: Schema | None = Field(None, alias="json")
+    regex: GrammarText | None = None
+    choice: Choices | None = None
+    grammar: GrammarText | None = None
+    json_object: bool | None = None
+
+
 class Sampling(Strict):
     """How tokens are chosen, in any kind of request."""
 
@@ -64,6 +97,14 @@ class Sampling(Strict):
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     cache_salt: Name | None = None
+    response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: GrammarText | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: GrammarText | None = None
+    guided_decoding_backend: Refused = None
+    guided_whitespace_pattern: Refused = None
 
 
 class CompletionRequest(Sampling):
@@ -117,6 +158,15 @@ class Tool(Strict):
     function: Function
 
 
+class FunctionName(Strict):
+    name: Name
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: FunctionName
+
+
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(max_length=1024)] | None = None
@@ -156,16 +206,15 @@ class ChatRequest(Sampling):
     functions: Refused = None
     function_call: Refused = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: Refused = None
     reasoning_effort: Refused = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: accepted: only with logprobs")
-        if self.tool_choice == "auto" and not self.tools:
+        if self.tool_choice not in (None, "none") and not self.tools:
             raise ValueError("tool_choice: accepted: only with tools")
         return self
 

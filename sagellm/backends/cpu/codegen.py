@@ -126,6 +126,7 @@ KERNELS: dict[str, Line] = {
     "nn.attention": _attention,
     "nn.select_outputs": _call("{0}.index_select(0, {1}.outputs)"),
     "nn.argmax": _call("{0}.argmax(-1)"),
+    "nn.allow": _call("sampling.allow({0}, {1}.grammar_rows, {1}.allowed)"),
     "nn.bias": _call("sampling.bias({0}, {1}.bias_rows, {1}.bias_tokens, {1}.bias)"),
     "nn.penalize": _call(
         "sampling.penalize({0}, {1}.tokens, {1}.prompt, {1}.length, {1}.repetition, {1}.presence, {1}.frequency)"

@@ -402,6 +402,13 @@ class _Warp(SageOp):
 
 
 @irdl_op_definition
+class Allow(_Warp):
+    """Tokens that the row's grammar does not allow get -inf; rows without a grammar stay as they are."""
+
+    name = "nn.allow"
+
+
+@irdl_op_definition
 class Bias(_Warp):
     """Add each row's biases to its tokens; end tokens get -inf while the sequence is shorter than it has to be."""
 
@@ -466,7 +473,7 @@ NN = Dialect(
     [
         Func, Return, Call, Repeat, Embedding, Linear, Split, SplitRows, JoinRows, RmsNorm, Add, AddRmsNorm, Silu, Mul,
         SiluMul, Cast, RopeGather, RopeDynamic, Rope, KvWrite, RopeKvWrite, Attention, SelectOutputs,
-        Bias, Penalize, Temperature, TopK, TopP, MinP, Draw, Argmax,
+        Allow, Bias, Penalize, Temperature, TopK, TopP, MinP, Draw, Argmax,
     ],
     [],
 )  # fmt: skip
