@@ -15,11 +15,16 @@ from typing import Any
 import numpy as np
 from attrs import define, field
 
-from sagellm.errors import UserError
+from sagellm.errors import UserError, unknown
 from sagellm.grammar import Grammar
 
 MOST_DRAFTS = 16
 """Guesses of one sequence in one step."""
+
+
+POOLINGS = ("", "mean", "last", "cls")
+"""How a prompt becomes one vector, by its number in `Columns.pooling`: the mean of its hidden states, the last, the
+first. The empty one stands for prompts that are continued."""
 
 
 class Phase(IntEnum):
@@ -56,6 +61,11 @@ def _whole(low: int, high: int | None = None):
 def _seconds(instance: object, attribute, value: object) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
         raise UserError(f"{attribute.name} is {value!r}; accepted: seconds, more than 0")
+
+
+def _pooling(instance: object, attribute, value: object) -> None:
+    if value not in POOLINGS:
+        raise unknown(attribute.name, value, POOLINGS[1:])
 
 
 def _pairs(value: object) -> object:
@@ -172,6 +182,8 @@ class Request:
     """Tokens already generated, per sample: a stream that goes on after its core was lost. None is drawn again."""
     ended: tuple[int, ...] = ()
     """Samples that are not wanted any more, as they have ended."""
+    pooling: str = field(default="", validator=_pooling)
+    """Not to be continued: the prompt's vector is wanted, pooled like this."""
 
 
 class Stage(IntFlag):
@@ -255,6 +267,8 @@ class Columns:
         """This step: tokens of whole blocks that the row reads with its cohort."""
         self.kept: dict[str, Any] = {}
         """What a pass found out and looks at again in the next step, by its name."""
+        self.pooling = np.zeros(capacity, np.int8)
+        """Which of POOLINGS."""
         self.stages = np.zeros(capacity, np.int32)
         self.temperature = np.zeros(capacity, np.float32)
         self.top_k = np.zeros(capacity, np.int64)
@@ -297,6 +311,7 @@ class Columns:
         self.context[row] = self.computed[row] = self.owned[row] = self.new[row] = self.shared[row] = 0
         self.drafted[row] = self.common[row] = 0
         self.leader[row] = self.cohort[row] = -1
+        self.pooling[row] = POOLINGS.index(request.pooling)
         self.stages[row] = Stage.of(how)
         self.temperature[row] = how.temperature
         self.top_k[row] = how.top_k
@@ -370,6 +385,11 @@ class Batch:
 
     def rows(self, phase: Phase) -> np.ndarray:
         return self.decode if phase is Phase.DECODE else self.prefill
+
+    @property
+    def pooling(self) -> str:
+        """Of a step of prompts whose vectors are wanted; such prompts are alone in their steps, and whole."""
+        return POOLINGS[self.columns.pooling[self.prefill[0]]] if len(self.prefill) else ""
 
     @property
     def new_tokens(self) -> int:

@@ -11,6 +11,9 @@ from sagellm.cli.options import MODEL, MODEL_NAMES, engine_config, options, take
 from sagellm.errors import UserError
 from sagellm.ports import SagePorts
 
+EXPLAINED_STEPS = 64
+"""That `--debug-routes` keeps where the settings do not say how many."""
+
 
 @click.command()
 @click.argument("model_folder", metavar="[MODEL]", required=False)
@@ -29,6 +32,7 @@ from sagellm.ports import SagePorts
 @click.option("--max-sequences", type=int, help="Sequences that run at once.  [default: 64]")
 @click.option("--max-body-bytes", type=int, default=8 * 2**20, help="Larger requests get 413.")
 @click.option("--drain-seconds", type=float, default=30.0, help="How long open streams may go on at the end.")
+@click.option("--debug-routes", is_flag=True, help="Have /debug, which explains the last steps.")
 @click.option("--core", help="process, or inline for the core in this process.  [default: process]")
 @options(*MODEL)
 def serve(
@@ -42,6 +46,7 @@ def serve(
     max_model_len: int | None,
     max_body_bytes: int,
     drain_seconds: float,
+    debug_routes: bool,
     **given,
 ) -> None:
     """Serve MODEL (a folder, a hub name, or the built-in one) to OpenAI's clients."""
@@ -64,10 +69,13 @@ def serve(
         tool_call_parser=tool_call_parser,
         max_body_bytes=max_body_bytes,
         drain_seconds=drain_seconds,
+        debug_routes=debug_routes,
     )
     engine = engine_config(settings)
     if settings["core"] is None and "SAGELLM_CORE" not in os.environ:
         engine = engine.changed(core="process")
+    if debug_routes and not engine.explain_steps:
+        engine = engine.changed(explain_steps=EXPLAINED_STEPS)
     run(config, engine)
 
 

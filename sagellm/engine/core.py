@@ -11,12 +11,14 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from sagellm.backends.base import KVCache
 from sagellm.batch import Batch, Request, Stage
 from sagellm.config import EngineConfig
 from sagellm.engine.events import ERROR, LENGTH, NOTHING, REASONS, STOP, Began, Failed, StepEvents, Token
 from sagellm.engine.grammars import Grammars, RowGrammars
+from sagellm.engine.history import History
 from sagellm.engine.load import Progress, load_weights
 from sagellm.engine.planner import Planner
 from sagellm.engine.ranks import Ranks, ShardedCache
@@ -39,6 +41,7 @@ class EngineCore(Planner):
     def __init__(self, config: EngineConfig, progress: Progress | None = None):
         super().__init__(config)
         self.counters, self.times, self.trials = Counters(), Times(), Trials()
+        self.history = History(config.explain_steps)
         self._counted: set[tuple[str, ...]] = set()
         compiled, ranks = self.rank_program(), config.tensor_parallel
         self.ranks = Ranks(self) if ranks > 1 else None
@@ -81,6 +84,9 @@ class EngineCore(Planner):
         """The compiled function of the model graph for these row kinds or sampling stages."""
         if name == "sample":
             return self.compiler.sampler(words)["sample"]
+        pooling = name.removeprefix("embed_")
+        if pooling != name:
+            return self.compiler.embedder(words, pooling).program[name]
         compiled = self.compiler.model(words, self.executor.forwarded)
         if words not in self._counted:
             self._counted.add(words)
@@ -116,6 +122,8 @@ class EngineCore(Planner):
             return NOTHING
         began, self.executor.device_seconds = time.perf_counter(), 0.0
         batch = self.schedule()
+        if not len(batch.decode) and not len(batch.prefill):
+            return NOTHING  # those whose turn it was gave way to others
         now = self.scheduler.clock()
         started = self._note_begun(now)
         tried = self._try_without(batch)
@@ -172,6 +180,9 @@ class EngineCore(Planner):
             if fresh:
                 self.counters.prompt += len(s.request.prompt)
                 self.times.queue.add_one(now - s.arrived)
+            if self.history.steps and s.sample == 0:
+                fates = self.kv.index.fates(self.kv.chain(s.request.salt), s.known, self.kv.host)
+                self.history.looked_up(s.request.id, fates)
             started.append(Began(s.number, s.sample, s.hit, s.miss, now - s.arrived))
         return started
 
@@ -217,17 +228,29 @@ class EngineCore(Planner):
         """Stages lower, execute and commit."""
         finish = None
         self._prepare_grammars(batch)
-        if self.config.check_passes and self.counters.steps % self.config.check_passes == 0:
+        checks = self.config.check_passes and not batch.pooling
+        if checks and self.counters.steps % self.config.check_passes == 0:
             self._check_passes(batch)
-        if self.config.record:
+        if self.config.record and not batch.pooling:
             self.executor.move()
             finish = begin_recording(self, batch)
+        graph, hits = None, self.compiler.counts.hits
+        if self.history.steps:
+            graph = self.history.lowered(self, batch)
         step = self.compiler.step(batch)
+        began, device = time.perf_counter(), self.executor.device_seconds
         c, prefill = self.columns, batch.prefill
         again = int(np.clip(c.computed[prefill] - c.context[prefill], 0, c.new[prefill]).sum())
         outcome = self.executor.run(step.plan, batch)
         if finish:
             finish(outcome)
+        if graph is not None:
+            rows = np.concatenate([batch.decode, batch.prefill]).tolist()
+            self.history.add(
+                self, batch, graph, step, (self.scheduler.sequences[row].request.id for row in rows),
+                self.counters.steps, outcome.forwarded, self.compiler.counts.hits > hits,
+                time.perf_counter() - began, self.executor.device_seconds - device,
+            )  # fmt: skip
         self.counters.steps += 1
         self.counters.forwarded += outcome.forwarded
         self.counters.shared += batch.new_tokens - outcome.forwarded
@@ -245,6 +268,8 @@ class EngineCore(Planner):
         """After the commit: who ended, what is reported, what others may find."""
         c, rows, tokens = self.columns, outcome.rows, outcome.tokens
         self.scheduler.committed(batch)
+        if outcome.vectors is not None:
+            return self._settle_vectors(rows, outcome.vectors)
         reasons = np.where((c.stops[rows] == tokens[:, None]).any(1), STOP, 0)
         positions = outcome.positions
         reasons = np.where((reasons == 0) & (positions + 1 >= c.limit[rows]), LENGTH, reasons).astype(np.int8)
@@ -261,6 +286,14 @@ class EngineCore(Planner):
             self.scheduler.finish(row)
             self.counters.finished[REASONS[reasons[i]]] += 1
         return StepEvents(numbers, samples, indices, tokens, reasons, *told, failed=failed)
+
+    def _settle_vectors(self, rows: np.ndarray, vectors: torch.Tensor) -> StepEvents:
+        told = dict(zip(self.columns.number[rows].tolist(), vectors.numpy()))
+        for row in rows.tolist():
+            self.scheduler.finish(row)
+        self.counters.finished[REASONS[STOP]] += len(rows)
+        columns = (getattr(NOTHING, name) for name in StepEvents.COLUMNS)
+        return StepEvents(*columns, vectors=told)
 
     def _prepare_grammars(self, batch: Batch) -> None:
         rows = batch.output_rows()
@@ -342,14 +375,15 @@ def _merged(parts: list[StepEvents], began: list[Began], failed: list[Failed]) -
         (one,) = parts
         return StepEvents(
             one.numbers, one.samples, one.indices, one.tokens, one.reasons, one.logprobs,
-            one.prompt_logprobs, began, failed,
+            one.prompt_logprobs, began, failed, one.vectors,
         )  # fmt: skip
     if not parts:
         parts = [NOTHING]
-    chosen, prompts, at = {}, {}, 0
+    chosen, prompts, vectors, at = {}, {}, {}, 0
     for part in parts:
+        vectors |= part.vectors
         chosen |= {at + i: value for i, value in part.logprobs.items()}
         prompts |= part.prompt_logprobs
         at += len(part)
     columns = (np.concatenate([getattr(part, name) for part in parts]) for name in StepEvents.COLUMNS)
-    return StepEvents(*columns, chosen, prompts, began, failed)
+    return StepEvents(*columns, chosen, prompts, began, failed, vectors)

@@ -54,6 +54,12 @@ def lower(batch: Batch, vocab_size: int) -> Block:
     room = _add(block, kv.Allocate, groups, BLOCKS)
     phases = tuple(group.type.data[0] for group in groups)
     rows = _add(block, b.Rows, [*groups, room], rows_type(*phases))
+    if batch.pooling:
+        model = {"model": symbol(f"embed_{batch.pooling}")}
+        vectors = _add(block, b.Forward, [rows], tensor("float32", None, None), model)
+        vectors.name_hint = "vectors"
+        block.add_op(b.Report.create(operands=[vectors, *groups]))
+        return block
     stages = stage_words(int(np.bitwise_or.reduce(batch.columns.stages[batch.output_rows()])))
     how = _add(block, b.Sampling, groups, sampling_type(*stages))
     logits = tensor("float32", None, vocab_size)

@@ -67,6 +67,8 @@ class StepOutcome:
     trees: Trees | None = None
     """What was guessed, and `nodes`, what of it counts."""
     nodes: np.ndarray | None = None
+    vectors: torch.Tensor | None = None
+    """[rows, hidden] float32, of a step of prompts whose vectors are wanted; it has no tokens then."""
 
 
 Functions = Callable[[str, tuple[str, ...]], Callable]
@@ -286,6 +288,14 @@ class Executor:
             *self._prompts, trees, nodes,
         )  # fmt: skip
 
+    def report(self, vectors: torch.Tensor, *groups: GroupRef) -> None:
+        c, none = self.columns, np.zeros(0, np.int64)
+        rows = self._batch.prefill
+        c.context[rows] += c.new[rows]
+        self._outcome = StepOutcome(
+            rows, none, none, self.forwarded, vectors, vectors[:0], none, none, vectors=vectors
+        )
+
 
 def _trees(groups: Sequence[GroupRef]) -> Trees | None:
     """Of the group that speculates: it is alone in its step."""
@@ -337,4 +347,5 @@ HOST: dict[str, Callable] = {
     "spec.verify": Executor.verify,
     "spec.commit": Executor.move_accepted,
     "batch.commit": Executor.commit,
+    "batch.report": Executor.report,
 }

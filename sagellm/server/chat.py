@@ -149,7 +149,7 @@ class Chat:
             grammar=None if asked is None else asked.grammar,
         )
         return GenerateRequest(
-            prompt=prompt, sampling=how, priority=given.priority, salt=given.cache_salt or ""
+            id=self.id, prompt=prompt, sampling=how, priority=given.priority, salt=given.cache_salt or ""
         )
 
     def whole(self, result: GenerateResult) -> dict[str, Any]:

@@ -18,16 +18,7 @@ from sagellm.server.logprobs import of_completion
 from sagellm.server.sampling import sampling_params
 from sagellm.server.state import ServerState
 from sagellm.server.streams import as_they_come, finish_reason, open_streams, to_the_end, usage_of
-from sagellm.server.types import CompletionRequest
-
-Prompt = str | list[int]
-
-
-def prompts_of(given: CompletionRequest) -> list[Prompt]:
-    prompt: Any = given.prompt
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) or not prompt:
-        return [prompt]
-    return list(prompt)
+from sagellm.server.types import CompletionRequest, prompts_of
 
 
 @define
@@ -54,9 +45,13 @@ class Completion:
             logprobs=given.logprobs,
             grammar=grammar,
         )
+        prompts = prompts_of(given.prompt)
+        names = [self.id] if len(prompts) == 1 else [f"{self.id}-{i}" for i in range(len(prompts))]
         return [
-            GenerateRequest(prompt=prompt, sampling=how, priority=given.priority, salt=given.cache_salt or "")
-            for prompt in prompts_of(given)
+            GenerateRequest(
+                id=name, prompt=prompt, sampling=how, priority=given.priority, salt=given.cache_salt or ""
+            )
+            for name, prompt in zip(names, prompts)
         ]
 
     def whole(self, results: list[GenerateResult], prompts: list[list[int]]) -> dict[str, Any]:

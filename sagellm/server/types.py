@@ -107,14 +107,35 @@ class Sampling(Strict):
     guided_whitespace_pattern: Refused = None
 
 
+Prompts = (
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Tokens
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+
+
+def prompts_of(given: Any) -> list[str | list[int]]:
+    """Of `Prompts`: one or several, each a text or token ids."""
+    if isinstance(given, str) or not given or isinstance(given[0], int):
+        return [given]
+    return list(given)
+
+
+class EmbeddingRequest(Strict):
+    model: Name
+    input: Prompts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    pooling: Literal["mean", "last", "cls"] = "mean"
+    normalize: bool = True
+    priority: int = Field(0, ge=-(2**31), lt=2**31)
+    user: Name | None = None
+
+
 class CompletionRequest(Sampling):
     model: Name
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: Prompts
     max_tokens: int | None = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = False
@@ -185,6 +206,13 @@ class Message(Strict):
         return self
 
 
+TEMPLATE_NAMES = {
+    "messages", "tools", "documents", "add_generation_prompt", "chat_template", "self", "raise_exception",
+    "strftime_now",
+}  # fmt: skip
+"""Variables of a chat template that no request may set."""
+
+
 class ChatRequest(Sampling):
     model: Name
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
@@ -212,6 +240,10 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
+        if taken := TEMPLATE_NAMES & set(self.chat_template_kwargs or ()):
+            raise ValueError(
+                f"chat_template_kwargs: accepted: without {sorted(taken)[0]}, which is the server's"
+            )
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: accepted: only with logprobs")
         if self.tool_choice not in (None, "none") and not self.tools:

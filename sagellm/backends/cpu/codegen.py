@@ -125,6 +125,7 @@ KERNELS: dict[str, Line] = {
     "nn.rope_kv_write": _rope_kv_write,
     "nn.attention": _attention,
     "nn.select_outputs": _call("{0}.index_select(0, {1}.outputs)"),
+    "nn.pool": lambda e, op: f'cpu.pool({e.names_of(op.operands)}, "{e.value(op, "kind")}")',
     "nn.argmax": _call("{0}.argmax(-1)"),
     "nn.allow": _call("sampling.allow({0}, {1}.grammar_rows, {1}.allowed)"),
     "nn.bias": _call("sampling.bias({0}, {1}.bias_rows, {1}.bias_tokens, {1}.bias)"),

@@ -289,3 +289,11 @@ class CpuCache(list):
     def move(self, slots: np.ndarray, places: np.ndarray) -> None:
         tokens = self._all.flatten(2, 3)
         tokens[:, :, torch.from_numpy(places)] = tokens[:, :, torch.from_numpy(slots)]
+
+
+def pool(x: Tensor, rows, kind: str) -> Tensor:
+    """[P, H] float32 of hidden states [T, H]: of each sequence the mean, the last or the first."""
+    parts = [x[first:end].float() for first, end, *_ in rows.prefills]
+    return torch.stack(
+        [part.mean(0) if kind == "mean" else part[-1 if kind == "last" else 0] for part in parts]
+    )

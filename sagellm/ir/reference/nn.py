@@ -175,6 +175,12 @@ def select_outputs(scope: ModelScope, op: nn.SelectOutputs, x: Tensor, rows: Log
     return x[rows.outputs]
 
 
+def pool(scope: ModelScope, op: nn.Pool, x: Tensor, rows: LogicalRows) -> Tensor:
+    parts = [x[part].float() for _, part in rows.parts()]
+    how = {"mean": lambda h: h.mean(0), "last": lambda h: h[-1], "cls": lambda h: h[0]}[op.kind.data]
+    return torch.stack([how(part) for part in parts])
+
+
 def allow(scope: ModelScope, op: nn.Allow, logits: Tensor, how: How) -> Tensor:
     result, c = logits.clone(), how.columns
     for index, row in enumerate(how.rows):
@@ -289,6 +295,7 @@ MEANINGS = {
     nn.RopeKvWrite: rope_kv_write,
     nn.Attention: attention,
     nn.SelectOutputs: select_outputs,
+    nn.Pool: pool,
     nn.Allow: allow,
     nn.Bias: bias,
     nn.Penalize: penalize,
