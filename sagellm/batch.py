@@ -16,7 +16,7 @@ import numpy as np
 from attrs import define, field
 
 from sagellm.errors import UserError, unknown
-from sagellm.grammar import Grammar
+from sagellm.grammar import Grammar, as_grammar
 
 MOST_DRAFTS = 16
 """Guesses of one sequence in one step."""
@@ -115,9 +115,9 @@ class SamplingParams:
     """The same for each token of the prompt but the first; the prompt is then computed whole."""
     n: int = field(default=1, validator=_whole(1, 128))
     """Outputs wanted; they share the prompt's keys and values."""
-    grammar: Grammar | None = field(default=None)
-    """What each output must look like: see `Grammar.json`, `regex`, `choice` and `lark`. It ends where nothing can
-    follow, whatever `min_tokens` says."""
+    grammar: Grammar | None = field(default=None, converter=as_grammar)
+    """What each output must look like: `Grammar.json`, `regex`, `choice`, `lark` or `gbnf`, also as {"regex": "a+"}.
+    It ends where nothing can follow, whatever `min_tokens` says."""
 
     @seed.validator
     def _check_seed(self, attribute, value) -> None:
@@ -158,7 +158,9 @@ class SamplingParams:
     @grammar.validator
     def _check_grammar(self, attribute, value) -> None:
         if value is not None and not isinstance(value, Grammar):
-            raise UserError(f"grammar is {value!r}; accepted: a Grammar, or nothing")
+            raise UserError(
+                f"grammar is {value!r}; accepted: a Grammar, a mapping like {{'regex': text}}, or nothing"
+            )
 
     @property
     def greedy(self) -> bool:

@@ -104,6 +104,14 @@ class Grammar:
             level, depth = [value for values in inner for value in values], depth + 1
 
 
+def as_grammar(value: Any) -> Any:
+    """{kind: what its constructor takes} as the grammar, as files have it; anything else as it is."""
+    if isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in MAX_CHARACTERS:
+        ((kind, text),) = value.items()
+        return getattr(Grammar, kind)(text)
+    return value
+
+
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)

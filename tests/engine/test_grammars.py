@@ -170,7 +170,10 @@ def nested(depth):
         (lambda: Grammar.gbnf('r ::= "a"\n' * 300), "gbnf has 300 rules; accepted: at most 256"),
         (lambda: Grammar.choice("ab"), "choice is no list of texts"),
         (lambda: Grammar("yaml", "a"), "unknown kind 'yaml'; accepted: json, regex, choice, lark, gbnf"),
-        (lambda: SamplingParams(grammar="a+"), "grammar is 'a+'; accepted: a Grammar, or nothing"),
+        (
+            lambda: SamplingParams(grammar="a+"),
+            "grammar is 'a+'; accepted: a Grammar, a mapping like {'regex': text}, or nothing",
+        ),
     ],
 )
 def test_what_is_no_grammar_is_one_line(make, message):
@@ -227,6 +230,11 @@ def test_a_bomb_is_refused_or_fails_alone(engine, grammar):
     assert len(other.wait().token_ids) == 30
     stats = engine.stats()
     assert stats.running == stats.waiting == stats.kv_blocks_used == 0
+
+
+def test_a_grammar_may_be_a_mapping_as_files_have_it():
+    assert SamplingParams(grammar={"regex": "a+"}).grammar == Grammar.regex("a+")
+    assert SamplingParams(grammar={"json": SCHEMA}).grammar == Grammar.json(SCHEMA)
 
 
 def test_a_model_without_tokenizer_has_no_grammars(checkpoint):
