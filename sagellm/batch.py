@@ -15,10 +15,16 @@ from typing import Any
 import numpy as np
 from attrs import define, field
 
-from sagellm.errors import UserError
+from sagellm.errors import UserError, unknown
+from sagellm.grammar import Grammar, as_grammar
 
 MOST_DRAFTS = 16
 """Guesses of one sequence in one step."""
+
+
+POOLINGS = ("", "mean", "last", "cls")
+"""How a prompt becomes one vector, by its number in `Columns.pooling`: the mean of its hidden states, the last, the
+first. The empty one stands for prompts that are continued."""
 
 
 class Phase(IntEnum):
@@ -55,6 +61,11 @@ def _whole(low: int, high: int | None = None):
 def _seconds(instance: object, attribute, value: object) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
         raise UserError(f"{attribute.name} is {value!r}; accepted: seconds, more than 0")
+
+
+def _pooling(instance: object, attribute, value: object) -> None:
+    if value not in POOLINGS:
+        raise unknown(attribute.name, value, POOLINGS[1:])
 
 
 def _pairs(value: object) -> object:
@@ -104,6 +115,9 @@ class SamplingParams:
     """The same for each token of the prompt but the first; the prompt is then computed whole."""
     n: int = field(default=1, validator=_whole(1, 128))
     """Outputs wanted; they share the prompt's keys and values."""
+    grammar: Grammar | None = field(default=None, converter=as_grammar)
+    """What each output must look like: `Grammar.json`, `regex`, `choice`, `lark` or `gbnf`, also as {"regex": "a+"}.
+    It ends where nothing can follow, whatever `min_tokens` says."""
 
     @seed.validator
     def _check_seed(self, attribute, value) -> None:
@@ -141,6 +155,13 @@ class SamplingParams:
         if value is not None:
             _whole(0, 20)(self, attribute, value)
 
+    @grammar.validator
+    def _check_grammar(self, attribute, value) -> None:
+        if value is not None and not isinstance(value, Grammar):
+            raise UserError(
+                f"grammar is {value!r}; accepted: a Grammar, a mapping like {{'regex': text}}, or nothing"
+            )
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
@@ -163,6 +184,8 @@ class Request:
     """Tokens already generated, per sample: a stream that goes on after its core was lost. None is drawn again."""
     ended: tuple[int, ...] = ()
     """Samples that are not wanted any more, as they have ended."""
+    pooling: str = field(default="", validator=_pooling)
+    """Not to be continued: the prompt's vector is wanted, pooled like this."""
 
 
 class Stage(IntFlag):
@@ -174,6 +197,7 @@ class Stage(IntFlag):
     MIN_P = 8
     PENALTIES = 16
     BIAS = 32
+    GRAMMAR = 64
 
     @classmethod
     def of(cls, sampling: SamplingParams) -> Stage:
@@ -186,6 +210,8 @@ class Stage(IntFlag):
             stages |= cls.PENALTIES
         if sampling.logit_bias or sampling.min_tokens:
             stages |= cls.BIAS
+        if sampling.grammar is not None:
+            stages |= cls.GRAMMAR
         if sampling.greedy:
             return stages
         stages |= cls.DRAW
@@ -243,6 +269,8 @@ class Columns:
         """This step: tokens of whole blocks that the row reads with its cohort."""
         self.kept: dict[str, Any] = {}
         """What a pass found out and looks at again in the next step, by its name."""
+        self.pooling = np.zeros(capacity, np.int8)
+        """Which of POOLINGS."""
         self.stages = np.zeros(capacity, np.int32)
         self.temperature = np.zeros(capacity, np.float32)
         self.top_k = np.zeros(capacity, np.int64)
@@ -258,6 +286,8 @@ class Columns:
         """Tokens that end the sequence."""
         self.bias_tokens = np.full((capacity, 0), -1, np.int32)
         self.bias = np.zeros((capacity, 0), np.float32)
+        self.allowed = np.zeros((capacity, 0), np.int32)
+        """Bit t of a row's whole numbers is set where token t may come next; empty until a row has a grammar."""
         self.logprobs = np.full(capacity, -1, np.int32)
         """How many likeliest tokens to report beside the chosen one; -1 reports nothing."""
         self.prompt_logprobs = np.full(capacity, -1, np.int32)
@@ -283,6 +313,7 @@ class Columns:
         self.context[row] = self.computed[row] = self.owned[row] = self.new[row] = self.shared[row] = 0
         self.drafted[row] = self.common[row] = 0
         self.leader[row] = self.cohort[row] = -1
+        self.pooling[row] = POOLINGS.index(request.pooling)
         self.stages[row] = Stage.of(how)
         self.temperature[row] = how.temperature
         self.top_k[row] = how.top_k
@@ -356,6 +387,11 @@ class Batch:
 
     def rows(self, phase: Phase) -> np.ndarray:
         return self.decode if phase is Phase.DECODE else self.prefill
+
+    @property
+    def pooling(self) -> str:
+        """Of a step of prompts whose vectors are wanted; such prompts are alone in their steps, and whole."""
+        return POOLINGS[self.columns.pooling[self.prefill[0]]] if len(self.prefill) else ""
 
     @property
     def new_tokens(self) -> int:

@@ -14,7 +14,7 @@ from sagellm.ir.edit import only_block, operations
 from sagellm.ir.graph import IRGraph, fingerprint
 from sagellm.ir.lower import bucket, lower, step_graph
 from sagellm.models.config import ModelConfig
-from sagellm.models.decoder import build_model, build_sampler
+from sagellm.models.decoder import build_embedder, build_model, build_sampler
 from sagellm.passes.driver import PassContext, Phase, Pipeline, Remark
 from sagellm.topology import TOPOLOGIES, Topology
 
@@ -59,6 +59,7 @@ class Compiler:
     counts: CacheCounts = field(factory=CacheCounts)
     _steps: dict[tuple, CompiledStep] = field(factory=dict)
     _models: dict[tuple[tuple[str, ...], int], CompiledModel] = field(factory=dict)
+    _embedders: dict[tuple[tuple[str, ...], str], CompiledModel] = field(factory=dict)
     _samplers: dict[tuple[str, ...], Program] = field(factory=dict)
 
     def step(self, batch: Batch) -> CompiledStep:
@@ -94,6 +95,14 @@ class Compiler:
         if found is None:
             graph = build_model(self.config, self.dtype, kinds)
             found = self._models[kinds, size] = self.compile_model(graph, kinds, size)
+        return found
+
+    def embedder(self, kinds: tuple[str, ...], pooling: str) -> CompiledModel:
+        """The model without its head, which gives a vector for each sequence; compiled on first use."""
+        found = self._embedders.get((kinds, pooling))
+        if found is None:
+            graph = build_embedder(self.config, self.dtype, kinds, pooling)
+            found = self._embedders[kinds, pooling] = self.compile_model(graph, kinds)
         return found
 
     def compile_model(

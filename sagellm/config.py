@@ -89,6 +89,8 @@ class EngineConfig:
         default=None, converter=_path, validator=optional(checks.instance_of(Path, "a folder"))
     )
     """Folder where every step is written, to be run again by `sagellm replay`; None writes nothing."""
+    explain_steps: int = field(default=0, validator=checks.whole(0))
+    """Last steps that are kept to be explained by `/debug`, with what their requests found in the cache; costs time."""
     check_passes: int = field(default=0, validator=checks.whole(0))
     """Evaluate one step in so many before and after each pass by the operations' meaning, and report what differs; 0
     checks none. It is slow: the reference is plain torch, an operation at a time."""

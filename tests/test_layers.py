@@ -21,6 +21,7 @@ LAYERS = [
         "target",
         "topology",
         "ports",
+        "grammar",
         "config",
         "kv",
         "__init__",

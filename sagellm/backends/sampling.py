@@ -18,6 +18,11 @@ _BELOW_ONE = 1 - 2**-52
 """Times any float64 sum, this is less than that sum."""
 
 
+def allow(logits: Tensor, rows: Tensor, allowed: Tensor) -> Tensor:
+    """Mask rows int64 [G] with -inf where allowed bool [G, V or wider] is false."""
+    return logits.index_copy(0, rows, logits[rows].masked_fill(~allowed[:, : logits.shape[1]], -torch.inf))
+
+
 def bias(logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
     """Add values float32 [K] at (rows, tokens), both int64 [K]; -inf forbids a token."""
     return logits.index_put((rows, tokens), values, accumulate=True)

@@ -41,6 +41,7 @@ JSON = click.option(
 )
 SEED = click.option("--seed", type=int, default=0, help="Of lengths, tokens and arrival times.")
 ELSEWHERE = {
+    "http": "sagellm.cli.bench_http:http",
     "kv": "sagellm.cli.bench_kv:kv",
     "overlap": "sagellm.cli.bench_ranks:overlap",
     "collectives": "sagellm.cli.bench_ranks:collectives",

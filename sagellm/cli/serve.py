@@ -7,9 +7,15 @@ from pathlib import Path
 
 import click
 
+from sagellm import passes
 from sagellm.cli.options import MODEL, MODEL_NAMES, engine_config, options, take
+from sagellm.config import EngineConfig
 from sagellm.errors import UserError
 from sagellm.ports import SagePorts
+
+GUESSING = "speculative-branching"
+EXPLAINED_STEPS = 64
+"""That `--debug-routes` keeps where the settings do not say how many."""
 
 
 @click.command()
@@ -29,6 +35,12 @@ from sagellm.ports import SagePorts
 @click.option("--max-sequences", type=int, help="Sequences that run at once.  [default: 64]")
 @click.option("--max-body-bytes", type=int, default=8 * 2**20, help="Larger requests get 413.")
 @click.option("--drain-seconds", type=float, default=30.0, help="How long open streams may go on at the end.")
+@click.option("--debug-routes", is_flag=True, help="Have /debug, which explains the last steps.")
+@click.option(
+    "--speculative/--no-speculative",
+    default=None,
+    help="Guess tokens where it pays.  [default: as --pipeline]",
+)
 @click.option("--core", help="process, or inline for the core in this process.  [default: process]")
 @options(*MODEL)
 def serve(
@@ -42,6 +54,8 @@ def serve(
     max_model_len: int | None,
     max_body_bytes: int,
     drain_seconds: float,
+    debug_routes: bool,
+    speculative: bool | None,
     **given,
 ) -> None:
     """Serve MODEL (a folder, a hub name, or the built-in one) to OpenAI's clients."""
@@ -64,11 +78,27 @@ def serve(
         tool_call_parser=tool_call_parser,
         max_body_bytes=max_body_bytes,
         drain_seconds=drain_seconds,
+        debug_routes=debug_routes,
     )
     engine = engine_config(settings)
     if settings["core"] is None and "SAGELLM_CORE" not in os.environ:
         engine = engine.changed(core="process")
+    if speculative is not None:
+        engine = engine.changed(pipeline=_with_guesses(engine, speculative))
+    if debug_routes and not engine.explain_steps:
+        engine = engine.changed(explain_steps=EXPLAINED_STEPS)
     run(config, engine)
+
+
+def _with_guesses(engine: EngineConfig, wanted: bool) -> str:
+    """The pipeline with the pass that guesses tokens, or without it."""
+    pipeline = passes.pipeline(engine.pipeline, engine.tensor_parallel)
+    others = [str(p) for p in pipeline.passes if p.name != GUESSING]
+    if wanted and len(others) == len(pipeline.passes):
+        raise UserError(
+            f"--speculative is given and the pipeline has no {GUESSING}; accepted: one that has it"
+        )
+    return str(pipeline) if wanted else ",".join(others)
 
 
 def _keys(file: Path | None) -> list[str]:

@@ -59,6 +59,8 @@ class GenerateRequest:
     """Seconds within which the first token is wanted, where the engine's order is `deadline`."""
     salt: str = ""
     """Cached blocks are shared among requests of one salt only."""
+    pooling: str = ""
+    """`mean`, `last` or `cls`: the prompt's vector is wanted, `GenerateResult.embedding`, and no output."""
 
 
 @frozen
@@ -114,6 +116,8 @@ class GenerateResult:
     """Mean seconds per token after the first, of the first output."""
     error: str = ""
     """Why it failed."""
+    embedding: np.ndarray | None = None
+    """float32 [hidden], where it was asked for: the hidden states behind the last norm, pooled."""
 
     @property
     def text(self) -> str:
@@ -218,8 +222,10 @@ class BaseInferenceEngine(ABC):
         """One answer to a conversation, with the model's chat template."""
 
     @abstractmethod
-    async def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """[texts, hidden] float32."""
+    async def embed(
+        self, texts: Sequence[Prompt], pooling: str = "mean", normalize: bool = True
+    ) -> np.ndarray:
+        """[texts, hidden] float32: hidden states pooled as `mean`, `last` or `cls`, by default to the length 1."""
 
     @abstractmethod
     async def abort(self, request_id: str) -> bool:

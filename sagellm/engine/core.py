@@ -11,19 +11,23 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from attrs import evolve
 
 from sagellm import backends
 from sagellm.backends.base import KVCache, require_device
-from sagellm.batch import Batch
+from sagellm.batch import Batch, Request, Stage
 from sagellm.config import EngineConfig
 from sagellm.engine.drafter import Drafter
-from sagellm.engine.events import LENGTH, NOTHING, REASONS, STOP, Began, Failed, StepEvents, Token
+from sagellm.engine.events import ERROR, LENGTH, NOTHING, REASONS, STOP, Began, Failed, StepEvents, Token
+from sagellm.engine.grammars import Grammars, RowGrammars
+from sagellm.engine.history import History
 from sagellm.engine.load import Progress, load_weights
 from sagellm.engine.planner import Planner
 from sagellm.engine.ranks import Ranks, ShardedCache
 from sagellm.engine.record import begin_recording
 from sagellm.engine.stats import Counters, EngineStats, Times
+from sagellm.engine.tokenizer import TOKENIZER_FILE, Tokenizer
 from sagellm.errors import RankLost, UserError
 from sagellm.models.checkpoint import Checkpoint
 from sagellm.runtime import logprobs
@@ -41,6 +45,7 @@ class EngineCore(Planner):
         require_device(backends.load(config.target))
         super().__init__(config)
         self.counters, self.times, self.trials = Counters(), Times(), Trials()
+        self.history = History(config.explain_steps)
         self._counted: set[tuple[str, ...]] = set()
         self._captured: dict[tuple[str, tuple[str, ...]], Callable] = {}
         compiled, ranks = self.rank_program(), config.tensor_parallel
@@ -71,10 +76,30 @@ class EngineCore(Planner):
         self.view = evolve(self.view, draft_model=self.drafter)
         self._executors = [self.executor, *([self.drafter.executor] if self.drafter else [])]
 
+        has_text = (self.folder / TOKENIZER_FILE).exists()
+        self.grammars = RowGrammars(
+            self.columns,
+            Grammars(
+                (lambda: Tokenizer.load(self.folder)) if has_text else None,
+                self.model.vocab_size,
+                self.model.eos_token_ids,
+            ),
+        )
+
+    def submit(self, request: Request, number: int | None = None, *, again: bool = False) -> int:
+        """As the planner's; a grammar that cannot be followed is refused too."""
+        grammar = request.sampling.grammar
+        if grammar is not None:
+            self.grammars.grammars.matcher(grammar)
+        return super().submit(request, number, again=again)
+
     def _function(self, name: str, words: tuple[str, ...]) -> Callable:
         """The compiled function of the model graph for these row kinds or sampling stages."""
         if name == "sample":
             return self.compiler.sampler(words)["sample"]
+        pooling = name.removeprefix("embed_")
+        if pooling != name:
+            return self.compiler.embedder(words, pooling).program[name]
         compiled = self.compiler.model(words, self.executor.forwarded)
         if words not in self._counted:
             self._counted.add(words)
@@ -116,6 +141,8 @@ class EngineCore(Planner):
         for executor in self._executors:
             executor.device_seconds = 0.0
         batch = self.schedule()
+        if not len(batch.decode) and not len(batch.prefill):
+            return NOTHING  # those whose turn it was gave way to others
         now = self.scheduler.clock()
         started = self._note_begun(now)
         tried = self._try_without(batch)
@@ -172,6 +199,9 @@ class EngineCore(Planner):
             if fresh:
                 self.counters.prompt += len(s.request.prompt)
                 self.times.queue.add_one(now - s.arrived)
+            if self.history.steps and s.sample == 0:
+                fates = self.kv.index.fates(self.kv.chain(s.request.salt), s.known, self.kv.host)
+                self.history.looked_up(s.request.id, fates)
             started.append(Began(s.number, s.sample, s.hit, s.miss, now - s.arrived))
         return started
 
@@ -216,17 +246,30 @@ class EngineCore(Planner):
     def execute(self, batch: Batch) -> StepOutcome:
         """Stages lower, execute and commit."""
         finish = None
-        if self.config.check_passes and self.counters.steps % self.config.check_passes == 0:
+        self._prepare_grammars(batch)
+        checks = self.config.check_passes and not batch.pooling
+        if checks and self.counters.steps % self.config.check_passes == 0:
             self._check_passes(batch)
-        if self.config.record:
+        if self.config.record and not batch.pooling:
             self.executor.move()
             finish = begin_recording(self, batch)
+        graph, hits = None, self.compiler.counts.hits
+        if self.history.steps:
+            graph = self.history.lowered(self, batch)
         step = self.compiler.step(batch)
+        began, device = time.perf_counter(), self.executor.device_seconds
         c, prefill = self.columns, batch.prefill
         again = int(np.clip(c.computed[prefill] - c.context[prefill], 0, c.new[prefill]).sum())
         outcome = self.executor.run(step.plan, batch)
         if finish:
             finish(outcome)
+        if graph is not None:
+            rows = np.concatenate([batch.decode, batch.prefill]).tolist()
+            self.history.add(
+                self, batch, graph, step, (self.scheduler.sequences[row].request.id for row in rows),
+                self.counters.steps, outcome.forwarded, self.compiler.counts.hits > hits,
+                time.perf_counter() - began, self.executor.device_seconds - device,
+            )  # fmt: skip
         self.counters.steps += 1
         self.counters.forwarded += outcome.forwarded
         self.counters.shared += batch.new_tokens - outcome.forwarded
@@ -244,10 +287,13 @@ class EngineCore(Planner):
         """After the commit: who ended, what is reported, what others may find."""
         c, rows, tokens = self.columns, outcome.rows, outcome.tokens
         self.scheduler.committed(batch)
+        if outcome.vectors is not None:
+            return self._settle_vectors(rows, outcome.vectors)
         reasons = np.where((c.stops[rows] == tokens[:, None]).any(1), STOP, 0)
         positions = outcome.positions
         reasons = np.where((reasons == 0) & (positions + 1 >= c.limit[rows]), LENGTH, reasons).astype(np.int8)
         numbers, samples, indices = c.number[rows], c.sample[rows], positions - c.prompt[rows]
+        failed = self._follow_grammars(rows, tokens, reasons)
         told = logprobs.of_tokens(outcome, c), logprobs.of_prompts(outcome, c)
         self.counters.generated += len(rows)
         self._time(rows, indices)
@@ -258,7 +304,35 @@ class EngineCore(Planner):
             self.view.drafts.ended(row)
             self.scheduler.finish(row)
             self.counters.finished[REASONS[reasons[i]]] += 1
-        return StepEvents(numbers, samples, indices, tokens, reasons, *told)
+        return StepEvents(numbers, samples, indices, tokens, reasons, *told, failed=failed)
+
+    def _settle_vectors(self, rows: np.ndarray, vectors: torch.Tensor) -> StepEvents:
+        told = dict(zip(self.columns.number[rows].tolist(), vectors.numpy()))
+        for row in rows.tolist():
+            self.scheduler.finish(row)
+        self.counters.finished[REASONS[STOP]] += len(rows)
+        columns = (getattr(NOTHING, name) for name in StepEvents.COLUMNS)
+        return StepEvents(*columns, vectors=told)
+
+    def _prepare_grammars(self, batch: Batch) -> None:
+        rows = batch.output_rows()
+        bound = rows[self.columns.stages[rows] & Stage.GRAMMAR > 0].tolist()
+        if bound:
+            self.grammars.prepare(bound, lambda row: self.scheduler.sequences[row].request.sampling.grammar)
+
+    def _follow_grammars(self, rows: np.ndarray, tokens: np.ndarray, reasons: np.ndarray) -> list[Failed]:
+        """Move the matchers on. Where nothing can follow the output ends, by `reasons`, and where a matcher fails."""
+        c, failed = self.columns, []
+        for i in np.flatnonzero((c.stages[rows] & Stage.GRAMMAR > 0) & (reasons == 0)).tolist():
+            row = int(rows[i])
+            over, why = self.grammars.advance(row, int(tokens[i]))
+            if why:
+                failed.append(Failed(int(c.number[row]), int(c.sample[row]), why))
+                self.scheduler.finish(row)
+                self.counters.finished[REASONS[ERROR]] += 1
+            elif over:
+                reasons[i] = STOP
+        return failed
 
     def _time(self, rows: np.ndarray, indices: np.ndarray) -> None:
         now = self.scheduler.clock()
@@ -316,18 +390,20 @@ class EngineCore(Planner):
 
 
 def _merged(parts: list[StepEvents], began: list[Began], failed: list[Failed]) -> StepEvents:
+    failed = [*failed, *(one for part in parts for one in part.failed)]
     if len(parts) == 1:
         (one,) = parts
         return StepEvents(
             one.numbers, one.samples, one.indices, one.tokens, one.reasons, one.logprobs,
-            one.prompt_logprobs, began, failed,
+            one.prompt_logprobs, began, failed, one.vectors,
         )  # fmt: skip
     if not parts:
         parts = [NOTHING]
-    chosen, prompts, at = {}, {}, 0
+    chosen, prompts, vectors, at = {}, {}, {}, 0
     for part in parts:
+        vectors |= part.vectors
         chosen |= {at + i: value for i, value in part.logprobs.items()}
         prompts |= part.prompt_logprobs
         at += len(part)
     columns = (np.concatenate([getattr(part, name) for part in parts]) for name in StepEvents.COLUMNS)
-    return StepEvents(*columns, chosen, prompts, began, failed)
+    return StepEvents(*columns, chosen, prompts, began, failed, vectors)

@@ -13,7 +13,7 @@ from typing import Any, overload
 import numpy as np
 from attrs import evolve
 
-from sagellm.batch import Request, SamplingParams
+from sagellm.batch import POOLINGS, Request, SamplingParams
 from sagellm.config import AskedKV, EngineConfig
 from sagellm.engine.base import (
     BaseInferenceEngine,
@@ -26,11 +26,13 @@ from sagellm.engine.base import (
     TokenEvent,
 )
 from sagellm.engine.front import Front, Journal
+from sagellm.engine.grammars import Grammars
 from sagellm.engine.link import LINKS, InlineLink
 from sagellm.engine.load import Progress
 from sagellm.engine.stats import EngineStats
 from sagellm.engine.tokenizer import TOKENIZER_FILE, Tokenizer
-from sagellm.errors import UserError
+from sagellm.errors import UserError, unknown
+from sagellm.grammar import Grammar
 from sagellm.schemas import KVCacheSchema, QuantizationProfile
 from sagellm.target import CapabilityDescriptor
 
@@ -59,7 +61,7 @@ class Stream:
 
     def __next__(self) -> TokenEvent:
         event = None if self._over else self._journal.events.get()
-        if event is None:
+        if event is None or self._journal.refused is not None:
             self._finish()
             raise StopIteration
         return event
@@ -75,7 +77,7 @@ class Stream:
             await journal.wake[1].wait()
             journal.wake[1].clear()
         event = None if self._over else journal.events.get()
-        if event is None:
+        if event is None or journal.refused is not None:
             self._finish()
             raise StopAsyncIteration
         return event
@@ -155,6 +157,7 @@ class SageLLMEngine(BaseInferenceEngine):
             Tokenizer.load(folder) if (folder / TOKENIZER_FILE).exists() else None
         )
         """None where the model has none: it takes and gives token ids."""
+        self._grammars = Grammars(lambda: self._tokenizer("a grammar"), self.vocab_size, ())
         self._finalizer = weakref.finalize(self, Front.close, self.front)
         self._state = EngineState.READY
 
@@ -201,6 +204,22 @@ class SageLLMEngine(BaseInferenceEngine):
         if profile.method != "none":
             backend = self.get_capability().backend
             raise UserError(f"quantization method {profile.method!r} on {backend}; accepted: none")
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The last `explain_steps` steps, the latest first: what ran, whether its plan was found, what passes said."""
+        return self._call("steps")
+
+    def step(self, number: int) -> dict[str, Any]:
+        """One of these, with what each pass made of its graphs and how long that takes."""
+        return self._call("step", number)
+
+    def step_ir(self, number: int, after: str = "") -> str:
+        """A step's graph as text behind this pass, or as `lowered`; of a model pass, its model graph."""
+        return self._call("step_ir", number, after)
+
+    def cache_lookup(self, request_id: str) -> list[dict[str, Any]]:
+        """Block by block, what one of the last requests found in the KV cache when it began, and why not."""
+        return self._call("lookup", request_id)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return self.front.call(method, *arguments).result(CALL_SECONDS)
@@ -261,6 +280,7 @@ class SageLLMEngine(BaseInferenceEngine):
             work.priority,
             work.deadline,
             work.salt,
+            pooling=work.pooling,
         )
         return Stream(self, self.front.open(request))
 
@@ -280,6 +300,10 @@ class SageLLMEngine(BaseInferenceEngine):
     def encode(self, prompt: Prompt) -> list[int]:
         return self._tokenizer("text").encode(prompt) if isinstance(prompt, str) else list(prompt)
 
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raises UserError where outputs cannot follow it. Takes up to a second; the engine goes on meanwhile."""
+        self._grammars.matcher(grammar)
+
     def _tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
             raise UserError(
@@ -287,10 +311,18 @@ class SageLLMEngine(BaseInferenceEngine):
             )
         return self.tokenizer
 
-    async def embed(self, texts: Sequence[str]) -> np.ndarray:
-        raise UserError(
-            f"embeddings of {self.model_id!r}; accepted: models that generate are served for generation"
-        )
+    async def embed(
+        self, texts: Sequence[Prompt], pooling: str = "mean", normalize: bool = True
+    ) -> np.ndarray:
+        if not pooling:
+            raise unknown("pooling", pooling, POOLINGS[1:])
+        streams = [self.stream(GenerateRequest(prompt=text, pooling=pooling)) for text in texts]
+        results = await asyncio.gather(*map(self._result, streams))
+        for result in results:
+            if result.embedding is None:
+                raise UserError(f"no embedding: {result.error or result.finish_reason}")
+        vectors = np.array([result.embedding for result in results], np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else vectors
 
     async def abort(self, request_id: str) -> bool:
         journal = self.front.find(request_id)

@@ -73,6 +73,8 @@ class StepEvents:
     """By request number: (position, logprob, top) of prompt tokens, in order."""
     began: list[Began] = field(factory=list)
     failed: list[Failed] = field(factory=list)
+    vectors: Mapping[int, np.ndarray] = field(factory=dict)
+    """By request number: float32 [hidden] of prompts that ended with it."""
 
     COLUMNS = ("numbers", "samples", "indices", "tokens", "reasons")
 

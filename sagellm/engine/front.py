@@ -64,6 +64,7 @@ class Journal:
             r.salt,
             [list(o.token_ids) for o in outputs],
             ended,
+            r.pooling,
         )
 
 
@@ -231,12 +232,18 @@ class Front:
             if output.finish_reason is None and index == len(output.token_ids):
                 self._token(journal, sample, token, REASONS[reason], events.logprobs.get(i))
                 touched[number] = journal
+        for number, vector in events.vectors.items():
+            journal = self._journals.get(number)
+            if journal is not None:
+                journal.result.embedding = vector
+                self._end(journal, 0, "stop")
+                touched[number] = journal
         for failed in events.failed:
             journal = self._journals.get(failed.number)
             if journal is not None and journal.result.outputs[failed.sample].finish_reason is None:
                 self._end(journal, failed.sample, REASONS[ERROR], failed.message)
                 touched[failed.number] = journal
-        if len(events):
+        if len(events) or events.vectors:
             self._fruitless = 0
         return touched.values()
 

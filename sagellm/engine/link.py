@@ -43,6 +43,7 @@ class CoreInfo:
     """With the limits of this model and its cache."""
     kv_schema: KVCacheSchema
     vocab_size: int
+    hidden_size: int
 
     @classmethod
     def of(cls, core: EngineCore) -> CoreInfo:
@@ -53,7 +54,14 @@ class CoreInfo:
             "kv_cache_capacity": core.kv.pool.total * columns.block_size,
         }
         capability = evolve(core.backend.capability, **limits)
-        return cls(core.model.name, core.folder, capability, core.kv_schema, core.model.vocab_size)
+        return cls(
+            core.model.name,
+            core.folder,
+            capability,
+            core.kv_schema,
+            core.model.vocab_size,
+            core.model.hidden_size,
+        )
 
 
 class Link(ABC):

@@ -211,6 +211,8 @@ class Planner:
         for token in request.prompt:
             if not 0 <= token < self.model.vocab_size:
                 raise UserError(f"token id {token} in the prompt; accepted: 0 to {self.model.vocab_size - 1}")
+        if request.pooling and self.config.tensor_parallel > 1:
+            raise UserError("embeddings with tensor_parallel above 1; accepted: an engine of one rank")
         how = request.sampling
         for name, tokens in (
             ("stop_token_ids", how.stop_token_ids),

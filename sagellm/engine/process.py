@@ -28,7 +28,13 @@ def serve(connection: Connection) -> None:
         return
     info = CoreInfo.of(core)
     connection.send(
-        "ready", info.model_id, str(info.folder), info.capability, info.kv_schema, info.vocab_size
+        "ready",
+        info.model_id,
+        str(info.folder),
+        info.capability,
+        info.kv_schema,
+        info.vocab_size,
+        info.hidden_size,
     )
     gc.collect()
     gc.freeze()  # what is there stays; else every collection of a step's graph would walk over it

@@ -43,7 +43,7 @@ SCALARS = (
     "top_k", "top_p", "min_p", "repetition", "presence", "frequency",
     "sample", "minimum", "logprobs", "prompt_logprobs", "computed", "drafted",
 )  # fmt: skip
-RAGGED = ("stops", "bias_tokens", "bias", "draft_tokens", "draft_parents")
+RAGGED = ("stops", "bias_tokens", "bias", "allowed", "draft_tokens", "draft_parents")
 
 
 @frozen

@@ -82,6 +82,18 @@ class CoreService:
     def call_set_kv_policy(self, name: str) -> None:
         self.core.kv.change_policy(name)
 
+    def call_steps(self) -> list[dict[str, Any]]:
+        return self.core.history.all()
+
+    def call_step(self, number: int) -> dict[str, Any]:
+        return self.core.history.step(self.core, number)
+
+    def call_step_ir(self, number: int, after: str) -> str:
+        return self.core.history.ir(self.core, number, after)
+
+    def call_lookup(self, request_id: str) -> list[dict[str, Any]]:
+        return self.core.history.lookup(request_id)
+
     def call_export(self, tokens: list[int], salt: str) -> tuple[int, bytes]:
         """(blocks, bytes) of the full blocks at the beginning of these tokens that are in the cache."""
         kv = self.core.kv

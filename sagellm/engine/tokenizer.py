@@ -85,6 +85,10 @@ class Tokenizer:
         """How many tokens there are, the added ones among them; the model's logits may be wider."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def to_json(self) -> str:
+        """As tokenizer.json has it, with the tokens that the configuration makes special."""
+        return self._backend.to_str()
+
     def token_id(self, text: str) -> int | None:
         """The id of a token by its vocabulary entry, such as `</s>`."""
         return self._backend.token_to_id(text)

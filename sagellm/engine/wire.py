@@ -15,6 +15,7 @@ from sagellm.batch import Request, SamplingParams
 from sagellm.config import EngineConfig
 from sagellm.engine.events import Began, Failed, StepEvents
 from sagellm.engine.stats import EngineStats
+from sagellm.grammar import Grammar
 from sagellm.rows import Rows, TreeRows
 from sagellm.schemas import KVCacheSchema
 from sagellm.target import CapabilityDescriptor
@@ -26,6 +27,7 @@ CLASSES = {
         EngineConfig,
         EngineStats,
         Failed,
+        Grammar,
         Request,
         Rows,
         SamplingParams,

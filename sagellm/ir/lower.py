@@ -27,7 +27,7 @@ from sagellm.ir.dialects import batch as b
 from sagellm.ir.dialects import kv
 from sagellm.ir.graph import IRGraph
 
-STAGES = (Stage.BIAS, Stage.PENALTIES, Stage.DRAW, Stage.TOP_K, Stage.TOP_P, Stage.MIN_P)
+STAGES = (Stage.GRAMMAR, Stage.BIAS, Stage.PENALTIES, Stage.DRAW, Stage.TOP_K, Stage.TOP_P, Stage.MIN_P)
 """In the order in which they act."""
 
 
@@ -54,6 +54,12 @@ def lower(batch: Batch, vocab_size: int) -> Block:
     room = _add(block, kv.Allocate, groups, BLOCKS)
     phases = tuple(group.type.data[0] for group in groups)
     rows = _add(block, b.Rows, [*groups, room], rows_type(*phases))
+    if batch.pooling:
+        model = {"model": symbol(f"embed_{batch.pooling}")}
+        vectors = _add(block, b.Forward, [rows], tensor("float32", None, None), model)
+        vectors.name_hint = "vectors"
+        block.add_op(b.Report.create(operands=[vectors, *groups]))
+        return block
     stages = stage_words(int(np.bitwise_or.reduce(batch.columns.stages[batch.output_rows()])))
     how = _add(block, b.Sampling, groups, sampling_type(*stages))
     logits = tensor("float32", None, vocab_size)

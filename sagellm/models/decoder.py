@@ -65,12 +65,23 @@ def build_model(config: ModelConfig, dtype: str, rows: tuple[str, ...]) -> IRGra
     return graph
 
 
+def build_embedder(config: ModelConfig, dtype: str, rows: tuple[str, ...], pooling: str) -> IRGraph:
+    """`@embed_<pooling>` and the functions it calls: the model without its head, and a vector for each sequence."""
+    builder = _Builder(config, dtype, rows_type(*rows), pooling)
+    graph = IRGraph()
+    for op in builder.build():
+        graph.add(op)
+    return graph
+
+
 def build_sampler(vocab_size: int, stages: tuple[str, ...]) -> IRGraph:
     """`@sample`: logits [R, V] to tokens [R], with the stages that some row of the batch needs."""
     logits = tensor("float32", None, vocab_size)
     chosen = tensor("int64", None)
     body = Body({"logits": logits, "how": sampling_type(*stages)})
     value, how = body.arguments()
+    if "grammar" in stages:
+        value = body(nn.Allow, [value, how], logits)
     if "bias" in stages:
         value = body(nn.Bias, [value, how], logits)
     if "penalties" in stages:
@@ -88,8 +99,8 @@ def build_sampler(vocab_size: int, stages: tuple[str, ...]) -> IRGraph:
 
 
 class _Builder:
-    def __init__(self, config: ModelConfig, dtype: str, rows: Attribute):
-        self.c, self.dtype, self.rows = config, dtype, rows
+    def __init__(self, config: ModelConfig, dtype: str, rows: Attribute, pooling: str = ""):
+        self.c, self.dtype, self.rows, self.pooling = config, dtype, rows, pooling
         self.hidden = self.type(config.hidden_size)
         self.angles = tensor("float32", None, config.head_dim)
 
@@ -102,11 +113,13 @@ class _Builder:
         yield self.embed()
         for run in runs:
             yield self.layer(run)
-        yield self.head()
+        if not self.pooling:
+            yield self.head()
         yield self.load_embed()
         for run in runs:
             yield self.load_layer(run)
-        yield self.load_head()
+        if not self.pooling:
+            yield self.load_head()
 
     def model(self, runs: list[Segment]) -> nn.Func:
         body = Body({"rows": self.rows})
@@ -124,6 +137,10 @@ class _Builder:
                 count=run.count,
             )
             _name(x=x, h=h)
+        if self.pooling:
+            pooled = tensor("float32", None, self.c.hidden_size)
+            vectors = body(nn.Pool, [h, rows], pooled, kind=self.pooling)
+            return body.function(f"embed_{self.pooling}", [vectors])
         logits = body(nn.Call, [h, rows], tensor("float32", None, self.c.vocab_size), callee="head")
         _name(logits=logits)
         return body.function("model", [logits])

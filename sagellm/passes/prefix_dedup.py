@@ -72,7 +72,7 @@ class PrefixDedup(Pass):
         keys = {r: (who, c.tokens[r, : end[r]].astype(">i4").tobytes()) for r, who in alike.items()}
         order = sorted(keys, key=keys.__getitem__)
         for before, row in pairwise(order):
-            if alike[before] != alike[row] or c.prompt_logprobs[row] >= 0:
+            if alike[before] != alike[row] or c.prompt_logprobs[row] >= 0 or c.pooling[row]:
                 continue
             shared = common_prefix(c, before, row, int(min(end[before], end[row]))) - int(c.context[row])
             if shared <= 0:

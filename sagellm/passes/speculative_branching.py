@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from sagellm.batch import Batch, Phase
+from sagellm.batch import Batch, Columns, Phase, Stage
 from sagellm.drafts import DEPTH, NOTHING, Drafts, Guesses
 from sagellm.ir.attrs import group_type, rows_type, word
 from sagellm.ir.dialects import batch as b
@@ -35,6 +35,7 @@ class SpeculativeBranching(Pass):
     its own steps.
     apply: puts `spec.branch` behind the decodes, `spec.verify` and `spec.commit` before the commit.
     A token is chosen as it would be without guesses: outputs stay the same, sampled ones too.
+    Sequences with a grammar get no guesses, as what is allowed behind these is not known.
     Declines in a step with prompts, where nothing is known to follow, where so many sequences decode that guesses
     cannot pay, and where those that were verified did not hold often enough; these are tried again one step in `probe`.
     Many sequences that repeat nothing are not looked at in every step.
@@ -57,7 +58,7 @@ class SpeculativeBranching(Pass):
             return
         drafts.waited += 1
         firsts = np.zeros(len(rows))
-        known, guesses = self._look(rows, drafts)
+        known, guesses = self._look(c, rows, drafts)
         chosen = None
         if guesses is not None:
             firsts[known] = guesses.chances[:, 0, 0]
@@ -84,7 +85,7 @@ class SpeculativeBranching(Pass):
             f"{of_text:.1f} of those from text are expected to hold"
         )
 
-    def _look(self, rows: np.ndarray, drafts: Drafts) -> tuple[np.ndarray, Guesses | None]:
+    def _look(self, c: Columns, rows: np.ndarray, drafts: Drafts) -> tuple[np.ndarray, Guesses | None]:
         """Which of the rows text is known for, and what it says; many rows are not looked at in every step."""
         nothing = np.zeros(0, np.int64), None
         if drafts.rest > 0:
@@ -92,7 +93,7 @@ class SpeculativeBranching(Pass):
             return nothing
         drafts.pause = drafts.rest = min(2 * drafts.pause + 1, len(rows) // 2)
         found = drafts.follow(rows)
-        known = np.flatnonzero((found >= 0).any(1))
+        known = np.flatnonzero((found >= 0).any(1) & (c.stages[rows] & Stage.GRAMMAR == 0))
         guesses = drafts.guess(rows[known], found[known]) if len(known) else None
         return nothing if guesses is None else (known, guesses)
 
@@ -129,7 +130,8 @@ class SpeculativeBranching(Pass):
         drafts.model_waited += 1
         likely = drafts.of_model(rows)
         left = np.minimum(np.minimum(c.limit[rows], c.max_length), model.longest) - c.length[rows] - 1
-        able = np.flatnonzero((likely > firsts) & (left > 0))
+        free = c.stages[rows] & Stage.GRAMMAR == 0
+        able = np.flatnonzero((likely > firsts) & (left > 0) & free)
         able = able[np.argsort(-likely[able], kind="stable")][:room]
         if not len(able):
             return nobody

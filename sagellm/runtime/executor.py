@@ -67,6 +67,8 @@ class StepOutcome:
     trees: Trees | None = None
     """What was guessed, and `nodes`, what of it counts."""
     nodes: np.ndarray | None = None
+    vectors: torch.Tensor | None = None
+    """[rows, hidden] float32, of a step of prompts whose vectors are wanted; it has no tokens then."""
 
 
 Functions = Callable[[str, tuple[str, ...]], Callable]
@@ -215,7 +217,11 @@ class Executor:
         longest = int(lengths.max()) if len(rows) else 0
         known = c.tokens[rows, :longest].astype(np.int64) if trees is None else trees.known(c)
         uniform = random.uniform(c.seed[rows], lengths.astype(np.int64), c.sample[rows])
-        if c.stages[rows].max() >= Stage.BIAS:
+        if (c.stages[rows] & Stage.GRAMMAR).any():
+            bound = np.flatnonzero(c.stages[rows] & Stage.GRAMMAR)
+            how["grammar_rows"] = put(bound)
+            how["allowed"] = put(allowed_tokens(c, rows[bound]))
+        if (c.stages[rows] & Stage.BIAS).any():
             some = biases(c, rows, lengths)
             how |= dict(zip(("bias_rows", "bias_tokens", "bias"), map(put, some)))
         return SimpleNamespace(
@@ -283,6 +289,14 @@ class Executor:
             *self._prompts, trees, nodes,
         )  # fmt: skip
 
+    def report(self, vectors: torch.Tensor, *groups: GroupRef) -> None:
+        c, none = self.columns, np.zeros(0, np.int64)
+        rows = self._batch.prefill
+        c.context[rows] += c.new[rows]
+        self._outcome = StepOutcome(
+            rows, none, none, self.forwarded, vectors, vectors[:0], none, none, vectors=vectors
+        )
+
 
 def _trees(groups: Sequence[GroupRef]) -> Trees | None:
     """Of the group that speculates: it is alone in its step."""
@@ -303,6 +317,11 @@ def biases(c: Columns, rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarra
     tokens = np.concatenate([c.bias_tokens[rows][wanted], c.stops[rows][banned]]).astype(np.int64)
     values = np.concatenate([c.bias[rows][wanted], np.full(len(banned_at), -np.inf, np.float32)])
     return np.concatenate([at, banned_at]), tokens, values
+
+
+def allowed_tokens(c: Columns, rows: np.ndarray) -> np.ndarray:
+    """bool [rows, V or wider]: what their grammars let come next."""
+    return np.unpackbits(c.allowed[rows].view(np.uint8), axis=1, bitorder="little").view(bool)
 
 
 def _taken(moves: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -329,4 +348,5 @@ HOST: dict[str, Callable] = {
     "spec.verify": Executor.verify,
     "spec.commit": Executor.move_accepted,
     "batch.commit": Executor.commit,
+    "batch.report": Executor.report,
 }

@@ -93,6 +93,8 @@ class Scheduler:
         self._alive: dict[int, list[Sequence]] = {}
         self._free = list(range(columns.capacity - 1, -1, -1))
         self._rank = np.zeros(columns.capacity)
+        self._pooled_turn = False
+        """Prompts whose vectors are wanted have every second step, if there are any."""
         self._running = np.zeros(0, np.int64)
         """Rows in the order's order."""
 
@@ -106,6 +108,11 @@ class Scheduler:
         c = self.columns
         if request.id in self.numbers:
             raise UserError(f"request id {request.id!r} is in use; accepted: a new one")
+        if request.pooling and len(request.prompt) > self.budget:
+            raise UserError(
+                f"the prompt has {len(request.prompt)} tokens; accepted: at most {self.budget} where its vector is "
+                "wanted (max_batched_tokens)"
+            )
         if not request.prompt:
             raise UserError("the prompt is empty; accepted: at least one token")
         if len(request.prompt) >= c.max_length:
@@ -230,12 +237,25 @@ class Scheduler:
         if self._queue:
             self._admit()
         c, rows = self.columns, self._running
+        self._pooled_turn = not self._pooled_turn
+        pooled = c.pooling[rows] > 0
+        if pooled.any() and (self._pooled_turn or pooled.all()):
+            return self._propose_pooled(rows[pooled])
+        rows = rows[~pooled]
         left = c.length[rows] - c.context[rows]
         decoding = (left == 1) & (c.length[rows] > c.prompt[rows])
         c.new[rows], c.drafted[rows] = left, 0
         batch = Batch(c, rows[decoding], rows[~decoding])
         batch.spare = self.budget - len(rows), self.kv.pool.available - 2 * len(rows)
         return batch
+
+    def _propose_pooled(self, rows: np.ndarray) -> Batch:
+        """Prompts whose vectors are wanted, whole and pooled alike, as many as the budget holds; the first fits."""
+        c = self.columns
+        rows = rows[c.pooling[rows] == c.pooling[rows[0]]]
+        rows = rows[np.cumsum(c.length[rows]) <= self.budget]
+        c.new[rows], c.drafted[rows] = c.length[rows], 0
+        return Batch(c, rows[:0], rows)
 
     def fit(self, batch: Batch) -> bool:
         """Cut the batch to the token budget and to the KV blocks that can be had; did it change?
@@ -339,6 +359,8 @@ class Scheduler:
             self._begin(sequence, lookup)
 
     def _lookup(self, sequence: Sequence) -> Lookup:
+        if sequence.request.pooling:
+            return Lookup([], [], 0, "its vector wants the whole prompt")
         if sequence.request.sampling.prompt_logprobs is not None and sequence.computed == 0:
             return Lookup([], [], 0, "prompt_logprobs wants the whole prompt")
         return self.kv.lookup(sequence.chain, sequence.known, length=len(sequence.known))

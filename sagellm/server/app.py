@@ -15,14 +15,21 @@ from starlette.responses import PlainTextResponse, Response
 
 from sagellm import __version__
 from sagellm.engine.engine import SageLLMEngine
-from sagellm.server import errors
+from sagellm.server import debug, errors
 from sagellm.server.chat import chat
 from sagellm.server.completions import complete
 from sagellm.server.config import ServerConfig
+from sagellm.server.embeddings import embed
 from sagellm.server.errors import APIError
 from sagellm.server.guard import Guard
 from sagellm.server.state import ServerState
-from sagellm.server.types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from sagellm.server.types import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
@@ -83,6 +90,8 @@ def make_app(
     app.router.route_class = _Route
     errors.install(app)
     _routes(app, state)
+    if config.debug_routes:
+        debug.routes(app, state)
     app.add_middleware(Guard, keys=config.api_keys, max_body_bytes=config.max_body_bytes)
     return app
 
@@ -145,6 +154,11 @@ def _routes(app: FastAPI, state: ServerState) -> None:
     async def chat_completions(request: Request, given: ChatRequest):
         """The next message of a conversation."""
         return await chat(request, state, given)
+
+    @app.post("/v1/embeddings", responses=ERRORS)
+    async def embeddings(request: Request, given: EmbeddingRequest) -> dict[str, Any]:
+        """A vector for each input: its hidden states, pooled."""
+        return await embed(request, state, given)
 
     @app.post("/tokenize", responses=ERRORS)
     async def tokenize(given: TokenizeRequest) -> dict[str, Any]:

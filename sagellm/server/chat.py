@@ -15,12 +15,13 @@ from sagellm.engine.base import GenerateRequest, GenerateResult, Output, TokenEv
 from sagellm.engine.tokenizer import Tokenizer
 from sagellm.errors import UserError
 from sagellm.server.errors import APIError
+from sagellm.server.grammars import Asked, Calls, composed, grammar_of, marks_of
 from sagellm.server.logprobs import of_chat
 from sagellm.server.parsing import FORMS, THINK, Parser, Part, tool_call
 from sagellm.server.sampling import sampling_params
 from sagellm.server.state import ServerState
 from sagellm.server.streams import as_they_come, finish_reason, open_streams, to_the_end, usage_of
-from sagellm.server.types import ChatRequest, Message, ToolCall
+from sagellm.server.types import ChatRequest, Function, Message, NamedTool, ToolCall
 
 
 def template_message(message: Message) -> dict[str, Any]:
@@ -73,10 +74,52 @@ class Chat:
 
     def _parser(self) -> Parser:
         form = FORMS[self.tool_form] if self.tools is not None and self.tool_form else None
-        reasons = THINK in self.tokenizer.chat_template
-        return Parser(form, reasons, thinking=self._thinking)
+        most = 1 if self.given.parallel_tool_calls is False else None
+        return Parser(form, self._reasons, thinking=self._thinking, most=most)
 
-    def request(self, state: ServerState) -> GenerateRequest:
+    @property
+    def _reasons(self) -> bool:
+        return THINK in self.tokenizer.chat_template
+
+    def grammar(self) -> Asked | None:
+        """What the answer must look like, as `response_format` and `tool_choice` say. The prompt must be known."""
+        given, asked = self.given, grammar_of(self.given)
+        choice = given.tool_choice
+        forced = choice == "required" or isinstance(choice, NamedTool)
+        if asked is None and not forced:
+            return None
+        calls = None
+        if self.tools is not None:
+            if asked is not None and (forced or FORMS[self.tool_form].whole):
+                why = (
+                    "forces a call"
+                    if forced
+                    else "lets the model answer or call, which in its form look alike"
+                )
+                raise APIError(
+                    400, f"tool_choice {why}; accepted: without {asked.field}", param="tool_choice"
+                )
+            calls = Calls(self.tool_form, self._callable(), given.parallel_tool_calls is not False)
+        reasoning = self._thinking if self._reasons else None
+        grammar = composed(asked.grammar if asked else None, calls, reasoning, marks_of(self.tokenizer))
+        return Asked(asked.field if asked else "tools", grammar)
+
+    def _callable(self) -> list[Function]:
+        """The functions that may be called."""
+        functions, choice = [tool.function for tool in self.given.tools], self.given.tool_choice
+        if not isinstance(choice, NamedTool):
+            return functions
+        found = [f for f in functions if f.name == choice.function.name]
+        if not found:
+            names = ", ".join(f.name for f in functions)
+            raise APIError(
+                400,
+                f"tool_choice.function.name is {choice.function.name!r}; accepted: {names}",
+                param="tool_choice.function.name",
+            )
+        return found
+
+    async def request(self, state: ServerState) -> GenerateRequest:
         given = self.given
         if self.tools is not None and self.tool_form is None:
             raise APIError(
@@ -92,17 +135,21 @@ class Chat:
         except UserError as error:
             raise APIError(400, str(error), param="messages") from error
         self._thinking = text.rstrip().endswith(THINK)
+        asked = self.grammar()
+        if asked is not None:
+            await state.check(asked.grammar, asked.field)
         prompt = self.tokenizer.encode(text, add_special_tokens=False)
         longest = state.ready().get_capability().max_sequence_length or len(prompt) + 1
-        asked = given.max_tokens if given.max_completion_tokens is None else given.max_completion_tokens
+        most = given.max_tokens if given.max_completion_tokens is None else given.max_completion_tokens
         how = sampling_params(
             given,
             state.defaults,
-            max_tokens=max(1, longest - len(prompt)) if asked is None else asked,
+            max_tokens=max(1, longest - len(prompt)) if most is None else most,
             logprobs=(given.top_logprobs or 0) if given.logprobs else None,
+            grammar=None if asked is None else asked.grammar,
         )
         return GenerateRequest(
-            prompt=prompt, sampling=how, priority=given.priority, salt=given.cache_salt or ""
+            id=self.id, prompt=prompt, sampling=how, priority=given.priority, salt=given.cache_salt or ""
         )
 
     def whole(self, result: GenerateResult) -> dict[str, Any]:
@@ -182,7 +229,7 @@ class Chat:
 async def chat(request: Request, state: ServerState, given: ChatRequest):
     engine = state.serving(given.model)
     job = Chat(given, state.model_name, state.tokenizer(), state.tool_form)
-    streams = open_streams(engine, [job.request(state)])
+    streams = open_streams(engine, [await job.request(state)])
     if given.stream:
         return await as_they_come(request, streams, job.pieces, first=job.heads(), last=job.tail)
     (result,) = await to_the_end(request, streams)

@@ -12,20 +12,13 @@ from fastapi import Request
 
 from sagellm.engine.base import GenerateRequest, GenerateResult, Output, TokenEvent
 from sagellm.engine.tokenizer import Tokenizer
+from sagellm.grammar import Grammar
+from sagellm.server.grammars import grammar_of
 from sagellm.server.logprobs import of_completion
 from sagellm.server.sampling import sampling_params
 from sagellm.server.state import ServerState
 from sagellm.server.streams import as_they_come, finish_reason, open_streams, to_the_end, usage_of
-from sagellm.server.types import CompletionRequest
-
-Prompt = str | list[int]
-
-
-def prompts_of(given: CompletionRequest) -> list[Prompt]:
-    prompt: Any = given.prompt
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) or not prompt:
-        return [prompt]
-    return list(prompt)
+from sagellm.server.types import CompletionRequest, prompts_of
 
 
 @define
@@ -41,7 +34,7 @@ class Completion:
     _shown: dict[int, int] = field(factory=dict)
     """Characters sent so far, by choice."""
 
-    def requests(self, state: ServerState) -> list[GenerateRequest]:
+    def requests(self, state: ServerState, grammar: Grammar | None) -> list[GenerateRequest]:
         """`max_tokens` 0 asks for the prompt alone: one token is made and not shown."""
         given = self.given
         echoed = given.logprobs if given.echo and given.logprobs is not None else given.prompt_logprobs
@@ -50,10 +43,15 @@ class Completion:
             state.defaults,
             max_tokens=max(1, 16 if given.max_tokens is None else given.max_tokens),
             logprobs=given.logprobs,
+            grammar=grammar,
         )
+        prompts = prompts_of(given.prompt)
+        names = [self.id] if len(prompts) == 1 else [f"{self.id}-{i}" for i in range(len(prompts))]
         return [
-            GenerateRequest(prompt=prompt, sampling=how, priority=given.priority, salt=given.cache_salt or "")
-            for prompt in prompts_of(given)
+            GenerateRequest(
+                id=name, prompt=prompt, sampling=how, priority=given.priority, salt=given.cache_salt or ""
+            )
+            for name, prompt in zip(names, prompts)
         ]
 
     def whole(self, results: list[GenerateResult], prompts: list[list[int]]) -> dict[str, Any]:
@@ -141,7 +139,10 @@ class Completion:
 async def complete(request: Request, state: ServerState, given: CompletionRequest):
     engine = state.serving(given.model)
     job = Completion(given, state.model_name, engine.tokenizer)
-    requests = job.requests(state)
+    asked = grammar_of(given)
+    if asked is not None:
+        await state.check(asked.grammar, asked.field)
+    requests = job.requests(state, None if asked is None else asked.grammar)
     prompts = [engine.encode(r.prompt) for r in requests]
     streams = open_streams(engine, requests)
     if given.stream:

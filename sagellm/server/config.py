@@ -25,6 +25,8 @@ class ServerConfig:
     """What clients call the model; None takes the engine's name for it."""
     tool_call_parser: str | None = field(default=None, validator=optional(checks.one_of(FORMS)))
     """How the model marks calls of tools; None goes by its chat template."""
+    debug_routes: bool = field(default=False, validator=checks.flag)
+    """Whether there are routes that explain the last steps, `/debug`."""
     max_body_bytes: int = field(default=8 * 2**20, validator=checks.whole())
     """Of a request; larger ones get 413."""
     drain_seconds: float = field(default=30.0, validator=checks.number(0))

@@ -97,6 +97,8 @@ class Parser:
     """Whether the text begins in the middle of reasoning, as the template opened it."""
     calls: int = 0
     """Found so far."""
+    most: int | None = None
+    """Calls that are wanted; those behind are left out."""
     told: int = 0
     """Of these, sent to the client of a stream."""
     _held: str = ""
@@ -173,8 +175,9 @@ class Parser:
             self._begun = True
             yield Part(content=self.form.begin + self._call + mark)
             return
-        self.calls += 1
-        yield Part(call=call)
+        if self.most is None or self.calls < self.most:
+            self.calls += 1
+            yield Part(call=call)
 
 
 def _overlap(text: str, mark: str) -> int:

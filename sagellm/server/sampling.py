@@ -10,6 +10,7 @@ from typing import Any
 from attrs import frozen
 
 from sagellm.batch import SamplingParams
+from sagellm.grammar import Grammar
 from sagellm.server.errors import APIError
 from sagellm.server.types import Sampling
 
@@ -42,7 +43,12 @@ class Defaults:
 
 
 def sampling_params(
-    request: Sampling, defaults: Defaults, *, max_tokens: int, logprobs: int | None
+    request: Sampling,
+    defaults: Defaults,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    grammar: Grammar | None,
 ) -> SamplingParams:
     """Raises UserError for what the engine does not accept."""
 
@@ -68,6 +74,7 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=request.prompt_logprobs,
         n=request.n or 1,
+        grammar=grammar,
     )
 
 

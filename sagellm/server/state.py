@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from attrs import define, field
 
@@ -12,6 +13,7 @@ from sagellm.engine.base import EngineState
 from sagellm.engine.engine import SageLLMEngine
 from sagellm.engine.tokenizer import Tokenizer
 from sagellm.errors import UserError
+from sagellm.grammar import Grammar
 from sagellm.server.config import ServerConfig
 from sagellm.server.errors import APIError
 from sagellm.server.parsing import form_of
@@ -29,6 +31,7 @@ class ServerState:
     defaults: Defaults = field(factory=Defaults)
     created: int = field(factory=lambda: int(time.time()))
     open_streams: int = 0
+    _compiling: ThreadPoolExecutor = field(factory=lambda: ThreadPoolExecutor(1, "grammars"))
 
     async def load(self) -> None:
         """Make the engine, in a thread, as it takes seconds."""
@@ -83,6 +86,15 @@ class ServerState:
         if tokenizer is None:
             raise APIError(400, f"the model {self.model_name!r} has no tokenizer; accepted: token ids")
         return tokenizer
+
+    async def check(self, grammar: Grammar, param: str) -> None:
+        """That the engine can follow it. Compiling takes a thread, one at a time; the engine's steps go on."""
+        engine = self.ready()
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._compiling, engine.check_grammar, grammar)
+        except UserError as error:
+            raise APIError(400, f"{param}: {error}", param=param) from error
 
     async def drain(self) -> None:
         """Take nothing new; wait for open requests, up to the limit; then end the engine."""

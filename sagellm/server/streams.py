@@ -12,6 +12,7 @@ from starlette.responses import StreamingResponse
 
 from sagellm.engine.base import GenerateRequest, GenerateResult, TokenEvent
 from sagellm.engine.engine import SageLLMEngine, Stream
+from sagellm.engine.grammars import FAILED
 from sagellm.server.errors import APIError, body_of
 
 DONE = b"data: [DONE]\n\n"
@@ -62,8 +63,14 @@ async def to_the_end(request: Request, streams: Sequence[Stream]) -> list[Genera
     results = [stream.result for stream in streams]
     for result in results:
         if result.error:
-            raise APIError(500, "the request failed in the engine", code="engine_error")
+            raise failed(result)
     return results
+
+
+def failed(result: GenerateResult) -> APIError:
+    if FAILED in result.error:
+        return APIError(400, result.error, code="grammar_failed")
+    return APIError(500, "the request failed in the engine", code="engine_error")
 
 
 async def _read_all(streams: Sequence[Stream]) -> None:
@@ -120,9 +127,11 @@ async def as_they_come(
             async for which, event in events:
                 for chunk in pieces(which, event):
                     yield _sse(chunk)
-            if any(stream.result.error for stream in streams):
-                yield _sse(body_of(500, "the request failed in the engine", code="engine_error"))
-                return
+            for stream in streams:
+                if stream.result.error:
+                    error = failed(stream.result)
+                    yield _sse(body_of(error.status, error.message, code=error.code))
+                    return
             for chunk in last([stream.result for stream in streams]):
                 yield _sse(chunk)
             yield DONE

@@ -14,6 +14,7 @@ MAX_PROMPTS = 256
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_BIASES = 1024
+MAX_GRAMMAR = 128 * 1024
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Name = Annotated[str, StringConstraints(max_length=256)]
@@ -41,6 +42,38 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool = False
 
 
+GrammarText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_GRAMMAR)]
+Schema = dict[str, Any] | GrammarText
+"""A JSON schema, as it is or as text."""
+Choices = Annotated[
+    list[Annotated[str, StringConstraints(min_length=1, max_length=4096)]], Field(min_length=1)
+]
+
+
+class JSONSchema(Strict):
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: Text | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class PlainFormat(Strict):
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JSONSchema
+
+
+class StructuredOutputs(Strict):
+    json_: Schema | None = Field(None, alias="json")
+    regex: GrammarText | None = None
+    choice: Choices | None = None
+    grammar: GrammarText | None = None
+    json_object: bool | None = None
+
+
 class Sampling(Strict):
     """How tokens are chosen, in any kind of request."""
 
@@ -64,16 +97,45 @@ class Sampling(Strict):
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     cache_salt: Name | None = None
+    response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: GrammarText | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: GrammarText | None = None
+    guided_decoding_backend: Refused = None
+    guided_whitespace_pattern: Refused = None
+
+
+Prompts = (
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Tokens
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+
+
+def prompts_of(given: Any) -> list[str | list[int]]:
+    """Of `Prompts`: one or several, each a text or token ids."""
+    if isinstance(given, str) or not given or isinstance(given[0], int):
+        return [given]
+    return list(given)
+
+
+class EmbeddingRequest(Strict):
+    model: Name
+    input: Prompts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    pooling: Literal["mean", "last", "cls"] = "mean"
+    normalize: bool = True
+    priority: int = Field(0, ge=-(2**31), lt=2**31)
+    user: Name | None = None
 
 
 class CompletionRequest(Sampling):
     model: Name
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: Prompts
     max_tokens: int | None = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = False
@@ -117,6 +179,15 @@ class Tool(Strict):
     function: Function
 
 
+class FunctionName(Strict):
+    name: Name
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: FunctionName
+
+
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(max_length=1024)] | None = None
@@ -133,6 +204,13 @@ class Message(Strict):
         if self.content is None and self.role != "assistant":
             raise ValueError(f"content: a message of role {self.role!r} needs some")
         return self
+
+
+TEMPLATE_NAMES = {
+    "messages", "tools", "documents", "add_generation_prompt", "chat_template", "self", "raise_exception",
+    "strftime_now",
+}  # fmt: skip
+"""Variables of a chat template that no request may set."""
 
 
 class ChatRequest(Sampling):
@@ -156,16 +234,19 @@ class ChatRequest(Sampling):
     functions: Refused = None
     function_call: Refused = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: Refused = None
     reasoning_effort: Refused = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
+        if taken := TEMPLATE_NAMES & set(self.chat_template_kwargs or ()):
+            raise ValueError(
+                f"chat_template_kwargs: accepted: without {sorted(taken)[0]}, which is the server's"
+            )
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: accepted: only with logprobs")
-        if self.tool_choice == "auto" and not self.tools:
+        if self.tool_choice not in (None, "none") and not self.tools:
             raise ValueError("tool_choice: accepted: only with tools")
         return self
 

@@ -114,3 +114,22 @@ def test_a_table_has_a_line_a_load(model):
 def test_bad_input_is_one_line(arguments, message):
     code, _, err = capture(["bench", *arguments])
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_server_is_compared_with_its_engine(model):
+    (one,) = results(
+        "http",
+        "-m",
+        model,
+        "--prompt",
+        "9",
+        "--output",
+        "4",
+        "--streams",
+        "3",
+        "--pairs",
+        "1",
+        "--core",
+        "inline",
+    )
+    assert one["streams"] == 3 and one["ratio"] == one["server_tokens_per_s"] / one["engine_tokens_per_s"] > 0

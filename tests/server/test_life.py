@@ -66,6 +66,10 @@ def test_a_model_without_tokenizer_takes_tokens(model):
     [
         (["nowhere/at/all"], "nowhere/at/all"),
         (["builtin", "--model", "builtin"], "--model and MODEL are both given; accepted: one of them"),
+        (
+            ["-p", "cleanup", "--speculative"],
+            "the pipeline has no speculative-branching; accepted: one that has",
+        ),
         (["--port", "70000"], "port is 70000; accepted: a port from 0 to 65535"),
         (["--api-key-file", "nowhere"], "cannot read keys from 'nowhere'"),
         (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1"),

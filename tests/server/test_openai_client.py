@@ -262,3 +262,8 @@ def test_a_full_queue_says_when_to_come_again(client):
         client.completions.create(prompt=["x"] * 100, max_tokens=2, n=2, **GREEDY)
     assert full.value.response.headers["Retry-After"] == "1" and full.value.code == "queue_full"
     assert client.completions.create(prompt="x", max_tokens=2, **GREEDY).usage.completion_tokens <= 2
+
+
+def test_a_refusal_comes_before_a_stream_begins(client):
+    with pytest.raises(openai.BadRequestError, match="the prompt has"):
+        client.completions.create(prompt=[5] * 5000, stream=True, **GREEDY)

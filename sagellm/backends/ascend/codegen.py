@@ -117,6 +117,9 @@ KERNELS: dict[str, Line] = {name: line for name, line in aten.STOCK.items() if n
     "nn.rope": _rope,
     "nn.kv_write": lambda e, op: _kv_write(e, op, "npu_scatter_pa_kv_cache", 'cache_mode="Norm"'),
     "nn.attention": _attention,
+    "nn.pool": lambda e, op: (
+        f'aten.pool({e.name(op.operands[0])}, {e.name(op.operands[1])}.aten, "{e.value(op, "kind")}")'
+    ),
 }  # fmt: skip
 
 KERNELS_310P: dict[str, Line] = KERNELS | {

@@ -161,6 +161,8 @@ def table(module: Module) -> dict[str, Line]:
         "nn.rope_kv_write": rope_kv_write,
         "nn.attention": lambda e, op: attention(e, op, module),
         "nn.select_outputs": call("{0}.index_select(0, {1}.outputs)"),
+        "nn.pool": lambda e, op: f'aten.pool({e.names_of(op.operands)}, "{e.value(op, "kind")}")',
+        "nn.allow": call("sampling.allow({0}, {1}.grammar_rows, {1}.allowed)"),
         "nn.argmax": call("{0}.argmax(-1)"),
         "nn.bias": call("sampling.bias({0}, {1}.bias_rows, {1}.bias_tokens, {1}.bias)"),
         "nn.penalize": call(

@@ -212,3 +212,11 @@ def _window_mask(queries: int, length: int, window: int | None, device: torch.de
     key = torch.arange(length, device=device)[None]
     visible = key <= at
     return visible if window is None else visible & (key > at - window)
+
+
+def pool(x: Tensor, rows, kind: str) -> Tensor:
+    """[P, H] float32 of hidden states [T, H]: of each sequence the mean, the last or the first."""
+    parts = [x[first:end].float() for first, end, *_ in rows.prefills]
+    return torch.stack(
+        [part.mean(0) if kind == "mean" else part[-1 if kind == "last" else 0] for part in parts]
+    )

@@ -31,6 +31,7 @@ KERNELS: dict[str, Line] = {
     op.name: _same for op in (*nn.NN.operations, *comm.COMM.operations) if op not in STRUCTURE
 } | {
     "nn.select_outputs": lambda e, op: f"null.select_outputs({e.name(op.operands[1])})",
+    "nn.pool": lambda e, op: f"null.pool({e.name(op.operands[1])}, {last_dim(op.results[0].type)})",
     "nn.linear": _linear,
     "nn.argmax": lambda e, op: f"null.tokens({e.name(op.operands[0])})",
     "nn.draw": lambda e, op: f"null.tokens({e.name(op.operands[0])})",

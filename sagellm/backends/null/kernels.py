@@ -28,6 +28,10 @@ def select_outputs(rows: Rows) -> Tensor:
     return logits(len(rows.outputs), 1)
 
 
+def pool(rows: Rows, hidden: int) -> Tensor:
+    return logits(len(rows.prefill_lengths), hidden)
+
+
 def linear(x: Any, out: int) -> Any:
     return logits(len(x), out) if isinstance(x, Tensor) else x
 

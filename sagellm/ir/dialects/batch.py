@@ -33,7 +33,7 @@ from sagellm.ir.syntax import SageOp
 
 @irdl_op_definition
 class Step(SageOp):
-    """One step of the engine: a straight line of operations that ends in `batch.commit`."""
+    """One step of the engine: a straight line of operations that ends in `batch.commit` or `batch.report`."""
 
     name = "batch.step"
     sym_name = prop_def(SymbolNameConstraint())
@@ -160,8 +160,19 @@ class Commit(SageOp):
     traits = traits_def(IsTerminator())
 
 
+@irdl_op_definition
+class Report(SageOp):
+    """End of a step of prompts whose vectors are wanted: what was computed counts as cached, no token is chosen."""
+
+    name = "batch.report"
+    vectors = operand_def(TensorType)
+    groups = var_operand_def(GroupType | BlocksType)
+    WRITES: ClassVar = ("sequences",)
+    traits = traits_def(IsTerminator())
+
+
 BATCH = Dialect(
     "batch",
-    [Step, Group, Share, Cascade, Rows, Sampling, Forward, Sample, Commit],
+    [Step, Group, Share, Cascade, Rows, Sampling, Forward, Sample, Commit, Report],
     [GroupType, RowsType, SamplingType, TableAttr],
 )

@@ -392,6 +392,21 @@ class SelectOutputs(SageOp):
     HINTS: ClassVar = ("last",)
 
 
+@irdl_op_definition
+class Pool(SageOp):
+    """One vector for each sequence: the mean of its hidden states, the `last`, or the first (`cls`): [R, H] float32.
+
+    Sequences are forwarded whole.
+    """
+
+    name = "nn.pool"
+    kind = prop_def(StringAttr)
+    x = operand_def(TensorType)
+    rows = operand_def(RowsType)
+    result = result_def(TensorType)
+    HINTS: ClassVar = ("vectors",)
+
+
 class _Warp(SageOp):
     """A change of the logits [R, V] by the sampling columns."""
 
@@ -399,6 +414,13 @@ class _Warp(SageOp):
     how = operand_def(SamplingType)
     result = result_def(TensorType)
     HINTS: ClassVar = ("logits",)
+
+
+@irdl_op_definition
+class Allow(_Warp):
+    """Tokens that the row's grammar does not allow get -inf; rows without a grammar stay as they are."""
+
+    name = "nn.allow"
 
 
 @irdl_op_definition
@@ -465,8 +487,8 @@ NN = Dialect(
     "nn",
     [
         Func, Return, Call, Repeat, Embedding, Linear, Split, SplitRows, JoinRows, RmsNorm, Add, AddRmsNorm, Silu, Mul,
-        SiluMul, Cast, RopeGather, RopeDynamic, Rope, KvWrite, RopeKvWrite, Attention, SelectOutputs,
-        Bias, Penalize, Temperature, TopK, TopP, MinP, Draw, Argmax,
+        SiluMul, Cast, RopeGather, RopeDynamic, Rope, KvWrite, RopeKvWrite, Attention, SelectOutputs, Pool,
+        Allow, Bias, Penalize, Temperature, TopK, TopP, MinP, Draw, Argmax,
     ],
     [],
 )  # fmt: skip

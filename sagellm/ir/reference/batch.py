@@ -153,6 +153,11 @@ def commit(scope: StepScope, op: batch.Commit, tokens: Tensor | list[Accepted], 
     scope.tokens = dict(zip(getting, tokens.tolist(), strict=True))
 
 
+def report(scope: StepScope, op: batch.Report, vectors: Tensor, *groups: Group) -> None:
+    rows = [member.row for group in groups for member in group]
+    scope.logits = dict(zip(rows, vectors, strict=True))
+
+
 MEANINGS = {
     batch.Group: group,
     batch.Share: share,
@@ -162,4 +167,5 @@ MEANINGS = {
     batch.Forward: forward,
     batch.Sample: sample,
     batch.Commit: commit,
+    batch.Report: report,
 }

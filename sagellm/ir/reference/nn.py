@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sagellm import random
+from sagellm.batch import Stage
 from sagellm.errors import UserError
 from sagellm.ir.attrs import last_dim
 from sagellm.ir.dialects import nn
@@ -174,6 +175,22 @@ def select_outputs(scope: ModelScope, op: nn.SelectOutputs, x: Tensor, rows: Log
     return x[rows.outputs]
 
 
+def pool(scope: ModelScope, op: nn.Pool, x: Tensor, rows: LogicalRows) -> Tensor:
+    parts = [x[part].float() for _, part in rows.parts()]
+    how = {"mean": lambda h: h.mean(0), "last": lambda h: h[-1], "cls": lambda h: h[0]}[op.kind.data]
+    return torch.stack([how(part) for part in parts])
+
+
+def allow(scope: ModelScope, op: nn.Allow, logits: Tensor, how: How) -> Tensor:
+    result, c = logits.clone(), how.columns
+    for index, row in enumerate(how.rows):
+        if c.stages[row] & Stage.GRAMMAR:
+            for token in range(logits.shape[1]):
+                if not int(c.allowed[row, token // 32]) >> token % 32 & 1:
+                    result[index, token] = -torch.inf
+    return result
+
+
 def bias(scope: ModelScope, op: nn.Bias, logits: Tensor, how: How) -> Tensor:
     result, c = logits.clone(), how.columns
     for index, row in enumerate(how.rows):
@@ -278,6 +295,8 @@ MEANINGS = {
     nn.RopeKvWrite: rope_kv_write,
     nn.Attention: attention,
     nn.SelectOutputs: select_outputs,
+    nn.Pool: pool,
+    nn.Allow: allow,
     nn.Bias: bias,
     nn.Penalize: penalize,
     nn.Temperature: temperature,
