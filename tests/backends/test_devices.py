@@ -323,7 +323,9 @@ def test_a_vendor_from_elsewhere_is_looked_for_too(monkeypatch, tmp_path, has):
 
 def test_a_vendor_that_has_no_code_generator_yet_is_told_so(monkeypatch):
     monkeypatch.delitem(backends.BACKENDS, "kunlun", raising=False)
-    assert "no code generator for Kunlun XPU; accepted: auto, ascend, cambricon, cpu" in refused("--device", "kunlun")
+    assert "no code generator for Kunlun XPU; accepted: auto, ascend, cambricon, cpu" in refused(
+        "--device", "kunlun"
+    )
 
 
 def test_the_command_says_what_was_found_and_why_the_rest_was_not():
