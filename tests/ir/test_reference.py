@@ -62,6 +62,7 @@ EFFECTS = {
     "batch.sampling": (("sequences",), ()),
     "batch.forward": (("kv",), ("kv",)),
     "batch.commit": ((), ("sequences",)),
+    "batch.report": ((), ("sequences",)),
     "kv.allocate": (("sequences",), ("pool",)),
     "spec.branch": (("sequences",), ()),
     "spec.verify": (("sequences",), ()),
