@@ -81,6 +81,8 @@ class Drafts:
         self.rest = self.pause = 0
         """Steps that nothing is looked for, and how many of them a vain look is worth: more after each, none after a
         good one."""
+        self.model_rest = self.model_pause = 0
+        """The same, of asking the draft model."""
         self._table: np.ndarray | None = None
 
     def _begin(self) -> None:

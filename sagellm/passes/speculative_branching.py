@@ -44,6 +44,7 @@ class SpeculativeBranching(Pass):
     gain: float = 1.05
     """How many times more tokens per second are wanted at least."""
     probe: int = 64
+    """What does not seem to pay is tried again one step in so many; half as often where a draft model is tried too."""
 
     name: ClassVar[str] = "speculative-branching"
     graph: ClassVar[Literal["batch"]] = "batch"
@@ -62,13 +63,14 @@ class SpeculativeBranching(Pass):
         chosen = None
         if guesses is not None:
             firsts[known] = guesses.chances[:, 0, 0]
-            chosen = self._choose(guesses, len(rows), room, drafts, cost)
+            patience = self.probe if view.draft_model is None else 2 * self.probe
+            chosen = self._choose(guesses, len(rows), room, drafts, cost, patience)
         sure = np.zeros(len(rows)), np.zeros(len(rows), int)
-        if chosen is not None:
+        if guesses is not None and chosen is not None:
             sure[0][known] = np.where(chosen, guesses.chances, 0).sum((1, 2))
             sure[1][known] = chosen.sum((1, 2))
         asked = self._ask(batch, view, room, firsts, *sure)
-        if chosen is not None:
+        if guesses is not None and chosen is not None:
             chosen[np.isin(known, asked)] = False
             drafts.write(rows[known], guesses, chosen)
         some = c.drafted[rows] > 0
@@ -98,7 +100,7 @@ class SpeculativeBranching(Pass):
         return nothing if guesses is None else (known, guesses)
 
     def _choose(
-        self, guesses: Guesses, rows: int, room: int, drafts: Drafts, cost: StepCost
+        self, guesses: Guesses, rows: int, room: int, drafts: Drafts, cost: StepCost, patience: int
     ) -> np.ndarray | None:
         """Which guesses from text are worth it, bool as their chances; None where none is."""
         order = np.argsort(-guesses.chances, axis=None, kind="stable")[:room]
@@ -107,7 +109,7 @@ class SpeculativeBranching(Pass):
         count = self._best(chances, rows, cost)
         if count > 0:
             drafts.pause = drafts.rest = 0
-        elif len(order) and drafts.waited >= self.probe:
+        elif len(order) and drafts.waited >= patience:
             count, drafts.waited = min(2, len(order)), 0
         else:
             return None
@@ -123,11 +125,15 @@ class SpeculativeBranching(Pass):
 
         By row: `firsts`, how likely the first guess from text holds; `taken`, its guesses; `held`, how many will hold.
         """
-        c, rows, drafts, model, cost = batch.columns, batch.decode, view.drafts, view.draft_model, view.step
+        c, rows = batch.columns, batch.decode
+        drafts, model, cost = view.drafts, view.draft_model, view.step
         nobody = np.zeros(0, np.int64)
-        if model is None:
+        if model is None or drafts is None or cost is None:
             return nobody
         drafts.model_waited += 1
+        if drafts.model_rest > 0:
+            drafts.model_rest -= 1
+            return nobody
         likely = drafts.of_model(rows)
         left = np.minimum(np.minimum(c.limit[rows], c.max_length), model.longest) - c.length[rows] - 1
         free = c.stages[rows] & Stage.GRAMMAR == 0
@@ -153,9 +159,13 @@ class SpeculativeBranching(Pass):
                 wanted, (len(rows) + held.sum()) / (cost.seconds(len(rows) + taken.sum()) + cost.verify)
             )
         if rate[most, deep] < wanted:
-            if drafts.model_waited < self.probe:
+            if not taken.any():
+                drafts.model_pause = drafts.model_rest = min(2 * drafts.model_pause + 1, len(rows) // 2)
+            if drafts.model_waited < 2 * self.probe:
                 return nobody
             most, deep = 0, 0
+        else:
+            drafts.model_pause = drafts.model_rest = 0
         drafts.model_waited = 0
         asked = able[: most + 1]
         tokens = model.guess(rows[asked], int(deep) + 1)
