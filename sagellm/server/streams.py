@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from fastapi import Request
+from pydantic_core import to_json
 from starlette.responses import StreamingResponse
 
 from sagellm.engine.base import GenerateRequest, GenerateResult, TokenEvent
@@ -175,4 +175,4 @@ async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, TokenEv
 
 
 def _sse(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(chunk) + b"\n\n"

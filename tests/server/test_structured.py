@@ -7,7 +7,9 @@ import openai
 import pytest
 from checkpoints import VOCABULARY, save_checkpoint, save_tokenizer
 from pydantic import BaseModel
-from serving import server
+from serving import within
+
+from sagellm.server.config import ServerConfig
 
 pytest_plugins = ["checkpoints"]
 
@@ -53,7 +55,7 @@ def client(request, tmp_path_factory):
     save_tokenizer(folder, VOCABULARY - len(pieces), pieces, template)
     save_checkpoint(folder, "LlamaForCausalLM", eos_token_id=0, max_position_embeddings=1024)
     with (
-        server("-m", str(folder), "--served-model-name", "m", "--core", "inline") as (_, address),
+        within(folder, ServerConfig(port=0, served_model_name="m")) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0) as client,
     ):
         client.form = form
