@@ -37,7 +37,8 @@ class SmallCore(EngineCore):
     """A core with few KV blocks."""
 
     def _block_count(self) -> int:
-        return BLOCKS[self.kv_schema.block_size] + 1
+        size = self.kv_schema.block_size
+        return BLOCKS.get(size, max(BLOCKS[128], BLOCKS[16] * 16 // size)) + 1
 
 
 @define

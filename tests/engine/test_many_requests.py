@@ -146,7 +146,7 @@ def test_the_same_prompt_twice_is_computed_once(folder):
     began, forwarded = last_began(core, prompt)
     assert (began.cached, began.miss, forwarded) == (0, "never seen", 512)
     began, forwarded = last_began(core, prompt)
-    assert began.cached == 511 and forwarded == 1 <= core.config.block_size + 1
+    assert began.cached == 511 and forwarded == 1 <= core.kv_schema.block_size + 1
     assert began.miss == "below one block: 0 of 16 tokens"
     began, forwarded = last_began(core, [*prompt, 1, 2])
     assert (began.cached, began.miss, forwarded) == (512, "below one block: 2 of 16 tokens", 2)

@@ -37,4 +37,16 @@ builtin.module {
     // GENERIC: "batch.commit"(%tokens, %decode, %shared) : (tensor<?xi64>, !batch.group<decode>, !batch.group<prefill, shared>) -> ()
     batch.commit %tokens, %decode, %shared
   }
+
+  // A step of prompts whose vectors are wanted.
+  // CHECK: batch.step @vectors {
+  batch.step @vectors {
+    %prefill = batch.group {bucket = 16, phase = prefill, table = #batch.table<2 rows>} : !batch.group<prefill>
+    %blocks = kv.allocate %prefill : !kv.blocks
+    %rows = batch.rows %prefill, %blocks : !batch.rows<prefill>
+    %vectors = batch.forward %rows, @model : tensor<?x32xf32>
+    // CHECK: batch.report %vectors, %prefill
+    // GENERIC: "batch.report"(%vectors, %prefill) : (tensor<?x32xf32>, !batch.group<prefill>) -> ()
+    batch.report %vectors, %prefill
+  }
 }

@@ -135,4 +135,17 @@ builtin.module {
     %tokens = nn.argmax %logits_1 : tensor<?xi64>
     nn.return %tokens
   }
+  nn.func @allowed(%logits: tensor<?x32xf32>, %how: !batch.sampling<grammar>) -> tensor<?xi64> {
+    // CHECK: %logits_1 = nn.allow %logits, %how : tensor<?x32xf32>
+    // GENERIC: %logits_1 = "nn.allow"(%logits, %how) : (tensor<?x32xf32>, !batch.sampling<grammar>) -> tensor<?x32xf32>
+    %logits_1 = nn.allow %logits, %how : tensor<?x32xf32>
+    %tokens = nn.argmax %logits_1 : tensor<?xi64>
+    nn.return %tokens
+  }
+  nn.func @vectors(%h: tensor<?x8xf32>, %rows: !batch.rows<prefill>) -> tensor<?x8xf32> {
+    // CHECK: %vectors = nn.pool %h, %rows {kind = mean} : tensor<?x8xf32>
+    // GENERIC: %vectors = "nn.pool"(%h, %rows) <{kind = "mean"}> : (tensor<?x8xf32>, !batch.rows<prefill>) -> tensor<?x8xf32>
+    %vectors = nn.pool %h, %rows {kind = mean} : tensor<?x8xf32>
+    nn.return %vectors
+  }
 }
