@@ -7,6 +7,7 @@ stand-ins in their place.
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -53,9 +54,7 @@ class Call:
     @cached_property
     def signature(self) -> inspect.Signature:
         if "::" not in self.schema:
-            scope: dict[str, Any] = {"torch": torch}
-            exec(f"def f({self.schema.partition('(')[2]}: ...", scope)
-            return inspect.signature(scope["f"])
+            return _python_signature(self.schema)
         P = inspect.Parameter
         parameters = []
         for a in torch._C.parse_schema(self.schema).arguments:
@@ -75,6 +74,26 @@ class Call:
     def broken(self, arguments: SimpleNamespace) -> list[str]:
         """What its rules have against these arguments."""
         return [said for rule in self.rules if (said := rule(arguments)) is not None]
+
+
+def _python_signature(text: str) -> inspect.Signature:
+    """Of `module.function(x, y=1, *, z=None)`; defaults are literals, or torch's names such as `torch.half`."""
+    (function,) = ast.parse(f"def f({text.partition('(')[2]}: ...").body
+    assert isinstance(function, ast.FunctionDef)
+    given, P = function.args, inspect.Parameter
+    positional = [*given.posonlyargs, *given.args]
+    defaults = [None] * (len(positional) - len(given.defaults)) + given.defaults
+    kinds = [(a, d, P.POSITIONAL_OR_KEYWORD) for a, d in zip(positional, defaults)]
+    kinds += [(a, d, P.KEYWORD_ONLY) for a, d in zip(given.kwonlyargs, given.kw_defaults)]
+    return inspect.Signature(
+        [P(a.arg, kind, default=P.empty if d is None else _default(d)) for a, d, kind in kinds]
+    )
+
+
+def _default(node: ast.expr) -> Any:
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch":
+        return getattr(torch, node.attr)
+    return ast.literal_eval(node)
 
 
 @define

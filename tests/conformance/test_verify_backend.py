@@ -1,13 +1,21 @@
 """Every vendor's backend passes the checks that need no chip, by the public command."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+from strategies import EXAMPLES
 
 from sagellm.conformance.models import write_model
 
-TARGETS = [("ascend", None), *((f"ascend:{chip}", "qwen3") for chip in ("910C", "310P", "950"))]
+LONG = pytest.mark.skipif(EXAMPLES not in os.environ, reason="the program is 910B's; in make test-long")
+TARGETS = [
+    ("ascend", None),
+    ("ascend:310P", "qwen3"),
+    ("ascend:950", "qwen3"),
+    pytest.param("ascend:910C", "qwen3", marks=LONG),
+]
 """And the family of the model: all, or one where the program differs little."""
 
 

@@ -341,7 +341,7 @@ CONTRACT = Contract(
                 contiguous("query", "key", "value"),
                 _attention_shapes, _attention_lengths, _attention_mask,
             ),
-            ("aclnnFusedInferAttentionScoreV3",),
+            ("aclnnFusedInferAttentionScoreV3", "aclnnFusedInferAttentionScoreV5"),
         ),
         Call(
             SCHEMAS["npu::npu_attention_update"], attention_update, "A", "ops-transformer docs",
