@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
@@ -28,17 +29,17 @@ class TorchBackend(Backend):
     widened = False
     """Whether the same text runs on float32 in place of half types, as where references stand in for the kernels."""
 
+    @abstractmethod
     def kernels(self) -> Mapping[str, Line]:
         """The kernel table."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loads(self) -> Mapping[str, Line]:
         """What the operations of a weights program become."""
-        raise NotImplementedError
 
+    @abstractmethod
     def header(self, name: str) -> str:
         """First lines of the emitted text."""
-        raise NotImplementedError
 
     def emit(self, graph: IRGraph, name: str) -> Program:
         program = emit_program(graph, self.kernels(), self.loads(), self.header(name), name)
