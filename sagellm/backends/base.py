@@ -92,8 +92,9 @@ class Backend(ABC):
 
     @property
     def costs(self) -> CostModel:
-        """What work takes on its device."""
-        return CostModel()
+        """What work takes on its device: by its chip's published peaks, where they are known."""
+        chip = self.silicon
+        return (None if chip is None else chip.costs()) or CostModel()
 
     @property
     def topology(self) -> Topology:

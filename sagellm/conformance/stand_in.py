@@ -1,6 +1,6 @@
 """References in the place of a vendor's calls: each call is bound to the vendor's schema and checked by its rules.
 
-Operators are defined in torch.library under the vendor's own names, Python functions in modules of those names. So
+Operators are defined in torch's registry under the vendor's own names, Python functions in modules of those names. So
 this belongs into a process of its own, in which the vendor's software is not loaded.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from attrs import define, field
+from torch import library as registry
 
 from sagellm.backends.contract import Call, Contract
 
@@ -73,14 +74,14 @@ def install(contract: Contract) -> Record:
     return record
 
 
-_LIBRARIES: dict[str, torch.library.Library] = {}
+_LIBRARIES: dict[str, registry.Library] = {}
 """Definitions last as long as these."""
 
 
 def _operator(call: Call, stand_in) -> Any:
     space, _, rest = call.schema.partition("::")
     if space not in _LIBRARIES:
-        _LIBRARIES[space] = torch.library.Library(space, "FRAGMENT")
+        _LIBRARIES[space] = registry.Library(space, "FRAGMENT")
     library, name = _LIBRARIES[space], call.name.partition("::")[2]
     library.define(rest)
     library.impl(name, stand_in, "CompositeExplicitAutograd")

@@ -16,7 +16,7 @@ from sagellm.backends.aten.cache import NHD, NZ
 from sagellm.backends.contract import Contract
 from sagellm.backends.emit import Line
 from sagellm.rows import Rows
-from sagellm.target import CapabilityDescriptor, CostModel
+from sagellm.target import CapabilityDescriptor
 
 
 class AscendBackend(TorchBackend):
@@ -41,10 +41,6 @@ class AscendBackend(TorchBackend):
             max_batch_size=4096,
             notes=(f"chip {self.chip}",),
         )
-
-    @property
-    def costs(self) -> CostModel:
-        return chips.find(self.name, self.chip).costs() or CostModel()
 
     def kernels(self) -> Mapping[str, Line]:
         return codegen.KERNELS_310P if self.chip == "310P" else codegen.KERNELS

@@ -10,6 +10,7 @@ from attrs import evolve
 from torch import Tensor
 
 from sagellm.backends.aten.columns import AtenRows
+from sagellm.backends.aten.paged import stacked
 from sagellm.rows import Rows
 
 
@@ -75,7 +76,7 @@ def column(rows: Rows, name: str) -> np.ndarray:
         case "kv_source":
             return np.arange(len(rows.tokens)) if rows.kv_source is None else rows.kv_source
         case "block_table":
-            return _stacked(rows.decode_blocks, rows.prefill_blocks)
+            return stacked(rows.decode_blocks, rows.prefill_blocks).astype(np.int32)
     return getattr(rows, name)
 
 
@@ -119,10 +120,3 @@ class Cohorts:
         blocks = -(-int(rows.cohort_common.max()) // block_size)
         leaders = rows.cohort_rows[rows.cohort_offsets[:-1]]
         self.table = put(rows.decode_blocks[leaders, :blocks].astype(np.int32))
-
-
-def _stacked(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The rows of both, filled up with block 0."""
-    width = max(first.shape[1], second.shape[1])
-    tables = [np.pad(t, ((0, 0), (0, width - t.shape[1]))) for t in (first, second)]
-    return np.concatenate(tables).astype(np.int32)

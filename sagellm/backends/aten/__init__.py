@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -12,11 +13,15 @@ from attrs import evolve
 from torch import Tensor
 
 from sagellm.backends.aten.cache import NHD, DeviceCache
+from sagellm.backends.aten.paged import PagedRows
 from sagellm.backends.base import Backend
 from sagellm.backends.emit import Line, emit_program
 from sagellm.backends.plan import Program
+from sagellm.errors import unknown
 from sagellm.ir.graph import IRGraph
+from sagellm.rows import Rows
 from sagellm.schemas import KVCacheSchema
+from sagellm.target import CapabilityDescriptor
 
 
 class TorchBackend(Backend):
@@ -56,3 +61,51 @@ class TorchBackend(Backend):
 
     def put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+class StockOrVendor(TorchBackend):
+    """Stock torch by default, the vendor's kernels where they are asked for: of these only call sites are public."""
+
+    chips: tuple[str, ...]
+    """That may be named."""
+    default_chip: str
+    stock: str
+    """A note about the default."""
+    vendors: str
+    """A note about the vendor's kernels."""
+    block_sizes: tuple[int, ...]
+    tables: ModuleType
+    """The vendor's codegen: HEADER, VENDOR_IMPORTS, STOCK, KERNELS and LOADS."""
+
+    def __init__(self, chip: str | None = None, vendor_kernels: bool = False):
+        if chip is not None and chip not in self.chips:
+            raise unknown(f"{self.name.title()} chip", chip, self.chips)
+        self.chip = chip or self.default_chip
+        self.vendor_kernels = vendor_kernels
+
+    @property
+    def capability(self) -> CapabilityDescriptor:
+        dtypes = ("bfloat16", "float16") if self.vendor_kernels else ("bfloat16", "float16", "float32")
+        return CapabilityDescriptor(
+            backend=self.name,
+            device=self.device,
+            dtypes=dtypes,
+            kernels=frozenset(self.kernels()),
+            kv_dtypes=dtypes,
+            block_sizes=self.block_sizes,
+            any_block_size=not self.vendor_kernels,
+            notes=(f"chip {self.chip}", self.vendors if self.vendor_kernels else self.stock),
+        )
+
+    def kernels(self) -> Mapping[str, Line]:
+        return self.tables.KERNELS if self.vendor_kernels else self.tables.STOCK
+
+    def loads(self) -> Mapping[str, Line]:
+        return self.tables.LOADS
+
+    def header(self, name: str) -> str:
+        imports = self.tables.VENDOR_IMPORTS if self.vendor_kernels else ""
+        return self.tables.HEADER.format(name=name, chip=self.chip, device=self.device, imports=imports)
+
+    def upload(self, rows: Rows, block_size: int) -> PagedRows:
+        return PagedRows(rows, block_size, self.device)
