@@ -32,6 +32,7 @@ LAYERS = [
     {"compiler", "runtime", "meaning"},
     {"engine"},
     {"bench", "conformance", "server"},
+    {"control_plane"},
     {"cli", "testing", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -14,7 +14,7 @@ from attrs import define, field, frozen
 
 from sagellm.batch import SamplingParams
 from sagellm.engine.events import Top
-from sagellm.engine.stats import EngineStats
+from sagellm.engine.stats import EngineLoad
 from sagellm.errors import UserError
 from sagellm.schemas import KVCacheSchema, QuantizationProfile
 from sagellm.target import CapabilityDescriptor
@@ -61,6 +61,8 @@ class GenerateRequest:
     """Cached blocks are shared among requests of one salt only."""
     pooling: str = ""
     """`mean`, `last` or `cls`: the prompt's vector is wanted, `GenerateResult.embedding`, and no output."""
+    resume: tuple[int, ...] = ()
+    """Tokens of the output that were chosen before, elsewhere; it goes on behind them."""
 
 
 @frozen
@@ -203,7 +205,8 @@ class BaseInferenceEngine(ABC):
     def get_kv_schema(self) -> KVCacheSchema: ...
 
     @abstractmethod
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineLoad:
+        """How busy it is; an engine of ours tells all of `EngineStats`."""
 
     @abstractmethod
     def load_quant_profile(self, profile: QuantizationProfile) -> None:

@@ -91,11 +91,30 @@ class Times:
 
 
 @frozen(kw_only=True)
-class EngineStats:
+class EngineLoad:
+    """What those who choose among engines go by. None: the engine does not tell."""
+
+    running: int | None = None
+    """Sequences that run."""
+    waiting: int | None = None
+    """Sequences that wait."""
+    kv_use: float | None = None
+    """Part of the KV cache that sequences hold."""
+    prompt: int | None = None
+    """Prompt tokens since its start."""
+    generated: int | None = None
+    """Tokens generated since its start."""
+    reused: int | None = None
+    """Prompt tokens found in its prefix cache since its start."""
+
+
+@frozen(kw_only=True)
+class EngineStats(EngineLoad):
     """A snapshot of an engine: counts since its start, gauges of now."""
 
     running: int
     waiting: int
+    kv_use: float = field(init=False)
     kv_blocks: int
     kv_blocks_used: int
     """Held by sequences."""
@@ -143,8 +162,8 @@ class EngineStats:
     restarts: int = 0
     """Times that the core's process was started again."""
 
-    @property
-    def kv_use(self) -> float:
+    @kv_use.default
+    def _kv_use(self) -> float:
         return self.kv_blocks_used / self.kv_blocks
 
     @property

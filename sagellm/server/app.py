@@ -85,6 +85,16 @@ def make_app(
             await loading
         await state.drain()
 
+    return _app(state, life)
+
+
+def app_of(engine: SageLLMEngine, config: ServerConfig | None = None) -> FastAPI:
+    """The routes over an engine that is there already, and that goes on when they end."""
+    return _app(ServerState.over(engine, config or ServerConfig()))
+
+
+def _app(state: ServerState, life: Any = None) -> FastAPI:
+    config = state.config
     app = FastAPI(title="sageLLM", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.server = state
     app.router.route_class = _Route

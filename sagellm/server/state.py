@@ -40,6 +40,16 @@ class ServerState:
         except UserError as error:
             self.error = str(error)
             raise
+        self._take(engine)
+
+    @classmethod
+    def over(cls, engine: SageLLMEngine, config: ServerConfig) -> ServerState:
+        """Of an engine that is there."""
+        state = cls(config, lambda: engine)
+        state._take(engine)
+        return state
+
+    def _take(self, engine: SageLLMEngine) -> None:
         self.defaults = Defaults.of(engine.front.link.info.folder)
         self.engine = engine
 

@@ -1,0 +1,211 @@
+"""How an engine's HTTP API is spoken to: over a network, or straight to an application in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import aiohttp
+from attrs import define
+from pydantic_core import from_json, to_json
+
+CONNECT_SECONDS = 3.0
+DISCONNECT_SECONDS = 1.0
+"""That an application in this process has to notice that its client is gone."""
+TEXT = {"content-type": "application/json"}
+
+
+class EngineLost(Exception):
+    """Nobody answers, or an answer broke off. What it would have been is not known."""
+
+
+@define
+class Reply:
+    """An answer that has begun."""
+
+    status: int
+    headers: Mapping[str, str]
+    """By lower-case name."""
+    pieces: AsyncIterator[bytes]
+    """The body as it comes; raises EngineLost where it breaks off."""
+    aclose: Callable[[], Awaitable[None]]
+    """End the request, whether or not the body was read; may be called again."""
+
+    async def read(self) -> bytes:
+        """The whole body."""
+        try:
+            return b"".join([piece async for piece in self.pieces])
+        finally:
+            await self.aclose()
+
+    async def json(self) -> Any:
+        """Raises EngineLost for what is no JSON."""
+        body = await self.read()
+        try:
+            return from_json(body)
+        except ValueError as error:
+            raise EngineLost(f"the answer is no JSON: {body[:200]!r}") from error
+
+
+class Endpoint(ABC):
+    """One engine's API."""
+
+    @abstractmethod
+    async def send(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Reply:
+        """The answer's head, and its body to be read. `body` is sent as JSON; bytes are, as they are.
+
+        Raises EngineLost where nobody answers within `timeout` seconds, or none at all.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None: ...
+
+
+def _encoded(body: Any) -> bytes | None:
+    return body if body is None or isinstance(body, bytes) else to_json(body)
+
+
+class HttpEndpoint(Endpoint):
+    """A server at an address such as http://127.0.0.1:8901. Its connections are of the event loop that sends first."""
+
+    def __init__(self, address: str, api_key: str | None = None):
+        self.address = address.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: aiohttp.ClientSession | None = None
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None or self._session.closed:
+            self._session = aiohttp.ClientSession(
+                headers=self._headers,
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+                auto_decompress=False,
+                read_bufsize=2**18,
+            )
+        return self._session
+
+    async def send(self, method, path, body=None, headers=None, timeout=None) -> Reply:
+        data = _encoded(body)
+        request = self._open().request(
+            method, self.address + path, data=data, headers={**(TEXT if data else {}), **(headers or {})}
+        )
+        try:
+            answer = await asyncio.wait_for(request, timeout)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise EngineLost(f"{self.address}: {error or type(error).__name__}") from error
+
+        async def pieces() -> AsyncIterator[bytes]:
+            try:
+                async for piece in answer.content.iter_any():
+                    yield piece
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                raise EngineLost(f"{self.address}: {error or type(error).__name__}") from error
+
+        async def close() -> None:
+            answer.release() if answer.content.at_eof() else answer.close()
+
+        found = {name.lower(): value for name, value in answer.headers.items()}
+        return Reply(answer.status, found, pieces(), close)
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+
+class AppEndpoint(Endpoint):
+    """An ASGI application in this process and event loop; its life-span is not run."""
+
+    def __init__(self, app: Any):
+        self._app = app
+
+    async def send(self, method, path, body=None, headers=None, timeout=None) -> Reply:
+        data = _encoded(body) or b""
+        path, _, query = path.partition("?")
+        fields = {"host": "in-process", "content-length": str(len(data)), **TEXT, **(headers or {})}
+        scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
+            "method": method, "scheme": "http", "path": path, "raw_path": path.encode(),
+            "query_string": query.encode(), "root_path": "", "server": ("in-process", 80), "client": None,
+            "headers": [(name.lower().encode(), value.encode()) for name, value in fields.items()],
+        }  # fmt: skip
+        gone, sent, said = asyncio.Event(), False, asyncio.Queue[Any](64)
+
+        async def receive() -> dict[str, Any]:
+            nonlocal sent
+            if not sent:
+                sent = True
+                return {"type": "http.request", "body": data, "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def run() -> None:
+            try:
+                await self._app(scope, receive, said.put)
+            except Exception as error:
+                await said.put(error)
+
+        async def hear() -> dict[str, Any]:
+            message = await said.get()
+            if isinstance(message, EngineLost):
+                raise message
+            if isinstance(message, Exception):
+                raise EngineLost(f"{type(message).__name__}: {message}") from message
+            return message
+
+        async def pieces() -> AsyncIterator[bytes]:
+            more = True
+            while more:
+                message = await hear()
+                more = message.get("more_body", False)
+                if message.get("body"):
+                    yield message["body"]
+
+        async def close() -> None:
+            """The application hears that the client is gone, as it would from a server."""
+            gone.set()
+            ends = asyncio.create_task(asyncio.wait([task], timeout=DISCONNECT_SECONDS))
+            while not ends.done():
+                while not said.empty():
+                    said.get_nowait()
+                await asyncio.wait([ends], timeout=0.01)
+            if not task.done():
+                task.cancel()
+            said.put_nowait(EngineLost("the request was ended"))
+
+        task = asyncio.create_task(run())
+        try:
+            head = await asyncio.wait_for(hear(), timeout)
+        except TimeoutError as error:
+            task.cancel()
+            raise EngineLost(f"no answer within {timeout} s") from error
+        except BaseException:
+            task.cancel()
+            raise
+        found = {name.decode().lower(): value.decode() for name, value in head["headers"]}
+        return Reply(head["status"], found, pieces(), close)
+
+    async def aclose(self) -> None:
+        return None
+
+
+async def events(reply: Reply) -> AsyncIterator[bytes]:
+    """The data of server-sent events, without the last, `[DONE]`. Raises EngineLost where that does not come."""
+    rest = b""
+    async for piece in reply.pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    return
+                yield data
+    raise EngineLost("the stream broke off")
