@@ -353,6 +353,7 @@ class EngineCore(Planner):
         return EngineStats(
             running=scheduler.running,
             waiting=scheduler.waiting,
+            kv_use=kv.pool.used / kv.pool.total,
             kv_blocks=kv.pool.total,
             kv_blocks_used=kv.pool.used,
             kv_blocks_cached=kv.pool.idle,

@@ -114,7 +114,7 @@ class EngineStats(EngineLoad):
 
     running: int
     waiting: int
-    kv_use: float = field(init=False)
+    kv_use: float
     kv_blocks: int
     kv_blocks_used: int
     """Held by sequences."""
@@ -161,10 +161,6 @@ class EngineStats(EngineLoad):
     """Histogram summaries, seconds; see `Times`."""
     restarts: int = 0
     """Times that the core's process was started again."""
-
-    @kv_use.default
-    def _kv_use(self) -> float:
-        return self.kv_blocks_used / self.kv_blocks
 
     @property
     def plan_hit_ratio(self) -> float:
