@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 
 import uvicorn
 from attrs import define, field
@@ -333,7 +334,8 @@ def chitu(engine: Engine) -> Starlette:
                     return
                 count, end = count + 1, got[1]
                 said = {"delta": {"content": chr(got[0])}} if chat else {"text": chr(got[0])}
-                yield event(head | {"choices": [{"index": 0} | said]})
+                nothing = {"logprobs": None, "finish_reason": None}
+                yield event(head | {"choices": [{"index": 0} | said | nothing]})
             said = {"delta": {"content": ""}} if chat else {"text": ""}
             last = head | {"choices": [{"index": 0, "finish_reason": end} | said]}
             yield event(last | usage(count) if with_usage and not chat else last)
@@ -387,3 +389,18 @@ def chitu(engine: Engine) -> Starlette:
             ),
         ]
     )
+
+
+def main(kind: str, arguments: list[str]) -> None:
+    """What `lmdeploy serve api_server MODEL ...` and `torchrun ... -m chitu ...` take, as far as it matters here."""
+    if kind == "lmdeploy":
+        given = dict(pairwise(arguments))
+        app, port = lmdeploy(Engine(given["--model-name"])), given["--server-port"]
+    else:
+        given = dict(word.split("=", 1) for word in arguments if "=" in word)
+        app, port = chitu(Engine(given["models"])), given["serve.port"]
+    uvicorn.run(app, port=int(port), log_level="warning")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
