@@ -12,15 +12,31 @@ FIELDS = {
     "logprobs": "logprobs", "top_logprobs": "logprobs", "prompt_logprobs": "prompt_logprobs",
     "echo": "echo", "logit_bias": "logit_bias", "cache_salt": "cache_salt",
     "return_token_ids": "return_token_ids", "resume_token_ids": "resume_token_ids",
+} | {
+    name: name
+    for name in (
+        "n", "stop", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "top_k", "min_p",
+        "min_tokens", "ignore_eos", "stop_token_ids",
+    )
 }  # fmt: skip
-"""Field of a request -> the feature it needs, where it is given and is neither null nor false."""
+"""Field of a request -> the feature it needs, where it is given and asks for anything."""
+ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},), "n": (1,), "presence_penalty": (0,), "frequency_penalty": (0,),
+    "repetition_penalty": (1,), "top_k": (0, -1), "min_p": (0,), "min_tokens": (0,),
+}  # fmt: skip
+"""Values, beside null, false and what is empty, that are as if the field was not there."""
 ROUTES = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
     "/v1/embeddings": "embeddings",
 }
-ALL = frozenset(FIELDS.values()) | frozenset(ROUTES.values())
-PLAIN_TEXT = {"type": "text"}
+TOKEN_IDS = "token_ids"
+"""A prompt that is given as token ids."""
+ALL = frozenset(FIELDS.values()) | frozenset(ROUTES.values()) | {TOKEN_IDS}
+OPENAI = frozenset(
+    {"chat", "completions", TOKEN_IDS, "n", "stop", "seed", "presence_penalty", "frequency_penalty"}
+)
+"""What is taken for granted where nothing but the API is known."""
 
 
 def needed(path: str, body: Mapping[str, Any]) -> frozenset[str]:
@@ -28,6 +44,10 @@ def needed(path: str, body: Mapping[str, Any]) -> frozenset[str]:
     found = {ROUTES[path]} if path in ROUTES else set()
     for name, feature in FIELDS.items():
         value = body.get(name)
-        if value is not None and value is not False and value != PLAIN_TEXT and value != []:
+        empty = value is None or value is False or value in ("", [], {})
+        if not empty and value not in ASKS_NOTHING.get(name, ()):
             found.add(feature)
+    given = body.get("prompt", body.get("input"))
+    if isinstance(given, list) and given and not isinstance(given[0], str):
+        found.add(TOKEN_IDS)
     return frozenset(found)

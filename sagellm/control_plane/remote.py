@@ -17,6 +17,7 @@ from pydantic_core import from_json
 
 from sagellm.batch import SamplingParams
 from sagellm.control_plane.endpoint import Endpoint, EngineLost, HttpEndpoint, Reply, events
+from sagellm.control_plane.features import OPENAI
 from sagellm.engine.base import (
     BaseInferenceEngine,
     EngineState,
@@ -53,7 +54,7 @@ class RemoteEngine(BaseInferenceEngine):
     METRICS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Field of `EngineLoad` -> names in the engine's /metrics, the first that is there counts; several series are
     added up."""
-    FEATURES: ClassVar[frozenset[str]] = frozenset({"chat", "completions"})
+    FEATURES: ClassVar[frozenset[str]] = OPENAI
     """Of requests, see `features.py`, that it can serve."""
 
     def __init__(
