@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from attrs import field, frozen
+from attrs import asdict, field, frozen
 
 from sagellm import backends
 from sagellm.backends import chips
@@ -76,6 +76,28 @@ class Probe:
         return UserError(
             f"{lacks}; install: {vendor.install}" if self.missing else f"{lacks} ({vendor.title})"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON shows it."""
+        shown = [
+            {
+                "index": d.index,
+                "name": d.name,
+                "ids": d.ids,
+                "memory": d.memory,
+                "chip": d.chip and d.chip.name,
+            }
+            for d in self.devices
+        ]
+        return {
+            "title": self.vendor.title,
+            "device": self.vendor.device,
+            "found": self.found,
+            "devices": shown,
+            "looked_for": [asdict(look) for look in self.looked],
+            "why_none": self.why_none or None,
+            "install": None if self.found else self.vendor.install,
+        }
 
 
 class _NotHere(Exception):

@@ -19,6 +19,10 @@ from sagellm.errors import UserError, unknown
 COMMANDS = {
     "run": ("sagellm.cli.run:run", "Continue prompts with a model."),
     "serve": ("sagellm.cli.serve:serve", "Serve a model over HTTP, as OpenAI's API."),
+    "engine": ("sagellm.cli.engine:engine", "Start, list, stop and verify engines of a control plane."),
+    "gateway": ("sagellm.cli.control_plane:gateway", "The same as control-plane serve."),
+    "control-plane": ("sagellm.cli.control_plane:control_plane", "One address in front of many engines."),
+    "infer": ("sagellm.cli.infer:infer", "Ask one question through a control plane."),
     "compile": ("sagellm.cli.compile:compile_", "Show what a model compiles to: graphs, weights, code."),
     "explain": ("sagellm.cli.explain:explain", "Tell what each prompt finds in the KV cache, and why."),
     "passes": ("sagellm.cli.passes:passes", "List the passes, when they decline, and their options."),

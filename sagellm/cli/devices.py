@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import click
 from attrs import asdict
@@ -59,7 +58,7 @@ def _here(as_json: bool) -> None:
     if as_json:
         found = {
             "auto": auto,
-            "vendors": {p.vendor.name: _probe_json(p) for p in probes},
+            "vendors": {p.vendor.name: p.to_dict() for p in probes},
             "backends": {n: c if isinstance(c, str) else c.to_dict() for n, c in able.items()},
         }
         click.echo(json.dumps(found, indent=2))
@@ -68,22 +67,6 @@ def _here(as_json: bool) -> None:
     for name, capability in able.items():
         click.echo("")
         click.echo("\n".join(_capability_text(name, capability)))
-
-
-def _probe_json(probe: Probe) -> dict[str, Any]:
-    chips = [device.chip and device.chip.name for device in probe.devices]
-    return {
-        "title": probe.vendor.title,
-        "device": probe.vendor.device,
-        "found": probe.found,
-        "devices": [
-            {"index": d.index, "name": d.name, "ids": d.ids, "memory": d.memory, "chip": chip}
-            for d, chip in zip(probe.devices, chips)
-        ],
-        "looked_for": [asdict(look) for look in probe.looked],
-        "why_none": probe.why_none or None,
-        "install": None if probe.found else probe.vendor.install,
-    }
 
 
 def _vendors_text(probes: Sequence[Probe], auto: str) -> list[str]:

@@ -73,7 +73,7 @@ def serve(
     config = ServerConfig(
         host=host,
         port=SagePorts.load(os.environ).serve if port is None else port,
-        api_keys=(*api_key, *_keys(api_key_file)),
+        api_keys=(*api_key, *read_keys(api_key_file)),
         served_model_name=served_model_name,
         tool_call_parser=tool_call_parser,
         max_body_bytes=max_body_bytes,
@@ -101,7 +101,8 @@ def _with_guesses(engine: EngineConfig, wanted: bool) -> str:
     return str(pipeline) if wanted else ",".join(others)
 
 
-def _keys(file: Path | None) -> list[str]:
+def read_keys(file: Path | None) -> list[str]:
+    """One a line; none without a file."""
     if file is None:
         return []
     try:

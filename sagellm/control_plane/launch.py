@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,8 @@ class Launched(ABC):
     pid: int
 
     @abstractmethod
-    async def wait(self) -> int:
-        """Its exit status, once it has ended."""
+    def status(self) -> int | None:
+        """Its exit status; None while it runs."""
 
     @abstractmethod
     async def stop(self, grace_s: float) -> None:
@@ -40,25 +41,33 @@ class Launcher(ABC):
         """Start it; what it says goes to the file `log`. Raises FileNotFoundError where there is no such program."""
 
     @abstractmethod
+    def adopt(self, pid: int, log: Path) -> Launched:
+        """A process that an earlier one of its kind had started."""
+
+    @abstractmethod
     async def free_port(self) -> int: ...
 
 
 class LocalProcess(Launched):
-    def __init__(self, process: asyncio.subprocess.Process, log: Path):
-        self._process, self._log = process, log
-        self.pid = process.pid
+    """A process of this machine, the head of a group of its own, so that its children end with it."""
 
-    async def wait(self) -> int:
-        return await self._process.wait()
+    def __init__(self, pid: int, log: Path, child: asyncio.subprocess.Process | None = None):
+        self.pid, self._log, self._child = pid, log, child
+
+    def status(self) -> int | None:
+        if self._child is not None:
+            return self._child.returncode
+        return None if _runs(self.pid) else -1
 
     async def stop(self, grace_s: float) -> None:
         for how, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
-            if self._process.returncode is not None:
-                return
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, how)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), seconds)
+            limit = time.monotonic() + seconds
+            while self.status() is None and time.monotonic() < limit:
+                await asyncio.sleep(0.05)
+            if self.status() is not None:
+                return
 
     async def tail(self, lines: int) -> list[str]:
         try:
@@ -68,9 +77,17 @@ class LocalProcess(Launched):
             return []
 
 
-class LocalLauncher(Launcher):
-    """Processes of this machine, each the head of a group of its own, so that its children end with it."""
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
+
+class LocalLauncher(Launcher):
     host = "127.0.0.1"
 
     async def launch(self, command, env, log) -> Launched:
@@ -84,9 +101,21 @@ class LocalLauncher(Launcher):
                 stderr=file,
                 start_new_session=True,
             )
-        return LocalProcess(process, log)
+        return LocalProcess(process.pid, log, process)
+
+    def adopt(self, pid: int, log: Path) -> Launched:
+        return LocalProcess(pid, log)
 
     async def free_port(self) -> int:
         with socket.socket() as found:
             found.bind((self.host, 0))
             return found.getsockname()[1]
+
+
+def launcher(cluster: str | None) -> Launcher:
+    """Of this machine, or of a Ray cluster at this address (`auto`: the one that this machine belongs to)."""
+    if cluster is None:
+        return LocalLauncher()
+    from sagellm.control_plane.ray_launch import RayLauncher
+
+    return RayLauncher(cluster)

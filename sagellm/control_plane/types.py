@@ -44,8 +44,8 @@ class EngineInfo:
     """An engine as the control plane sees it. Times are seconds since 1970."""
 
     engine_id: str = field(validator=checks.text)
-    model_id: str = field(validator=checks.text)
-    """What clients call the model."""
+    model_id: str
+    """What clients call the model; empty until the engine has said which it serves, where nobody else did."""
     host: str | None = None
     """None, as the port is: an object in this process."""
     port: int | None = field(default=None, validator=_port)

@@ -54,7 +54,9 @@ class _Request(Request):
             raise HTTPException(400, f"the body is no valid JSON: {error}") from error
 
 
-class _Route(APIRoute):
+class BoundedRoute(APIRoute):
+    """Bodies are read as `_Request` does."""
+
     def get_route_handler(self) -> Callable:
         handle = super().get_route_handler()
 
@@ -97,7 +99,7 @@ def _app(state: ServerState, life: Any = None) -> FastAPI:
     config = state.config
     app = FastAPI(title="sageLLM", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.server = state
-    app.router.route_class = _Route
+    app.router.route_class = BoundedRoute
     errors.install(app)
     _routes(app, state)
     if config.debug_routes:

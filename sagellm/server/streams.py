@@ -57,7 +57,7 @@ def close(streams: Iterable[Stream]) -> None:
 async def to_the_end(request: Request, streams: Sequence[Stream]) -> list[GenerateResult]:
     """Wait for all; a client that goes away ends them."""
     try:
-        await _unless_gone(request, _read_all(streams))
+        await unless_gone(request, _read_all(streams))
     finally:
         close(streams)
     results = [stream.result for stream in streams]
@@ -81,7 +81,9 @@ async def _read_all(streams: Sequence[Stream]) -> None:
     await asyncio.gather(*map(read, streams))
 
 
-async def _unless_gone(request: Request, work: Coroutine) -> None:
+async def unless_gone(request: Request, work: Coroutine) -> Any:
+    """What the work comes to; a client that goes away ends it."""
+
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
@@ -91,7 +93,7 @@ async def _unless_gone(request: Request, work: Coroutine) -> None:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
             raise APIError(GONE, "the client went away")
-        tasks[0].result()
+        return tasks[0].result()
     finally:
         for task in tasks:
             task.cancel()

@@ -269,7 +269,7 @@ def test_a_started_server_serves_and_ends_when_it_is_stopped(kind, tmp_path, mon
         process = here.process
         await here.stop(5)
         assert (await here.health()).state is EngineState.STOPPED
-        return await process.wait()
+        return process.status()
 
     assert asyncio.run(use()) is not None
 

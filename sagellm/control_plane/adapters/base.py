@@ -13,7 +13,7 @@ from attrs.validators import optional
 
 from sagellm import checks
 from sagellm.control_plane.launch import Launched, Launcher
-from sagellm.control_plane.remote import START_SECONDS, RemoteEngine
+from sagellm.control_plane.remote import RemoteEngine
 from sagellm.errors import UserError
 
 
@@ -88,32 +88,40 @@ class ServerAdapter(RemoteEngine):
         """None: it was not started by this object."""
         return self._process
 
+    async def spawn(self) -> None:
+        """Start the process; it is not ready yet. Raises UserError where the engine is not installed."""
+        assert self._launcher is not None and self._options is not None and self._process is None
+        command = self.command(self._options, self.port)
+        try:
+            env = self.environment(self._options)
+            self._process = await self._launcher.launch(command, env, self.log)
+        except FileNotFoundError as error:
+            raise UserError(f"{command[0]!r} was not found; {self.MISSING}") from error
+
+    def adopt(self, launcher: Launcher, pid: int, log: Path) -> None:
+        """Take over a process that another control plane had started."""
+        self._process = launcher.adopt(pid, log)
+
+    async def ended(self) -> str:
+        """Where its process has ended: one line with the last it said; else empty."""
+        if self._process is None or (status := self._process.status()) is None:
+            return ""
+        last = [line for line in await self._process.tail(20) if line.strip()] or ["it said nothing"]
+        return f"{self.engine_id} ended with status {status}: {last[-1].strip()}"
+
     async def start(self) -> None:
         """Raises UserError where the server ends before it is ready, with the last it said."""
-        if self._launcher is None or self._options is None:
-            await super().start()
-            return
-        if self._process is None:
-            command = self.command(self._options, self.port)
-            try:
-                self._process = await self._launcher.launch(
-                    command, self.environment(self._options), self.log
-                )
-            except FileNotFoundError as error:
-                raise UserError(f"{command[0]!r} was not found; {self.MISSING}") from error
+        if self._launcher is not None and self._process is None:
+            await self.spawn()
         waits = asyncio.create_task(super().start())
-        ends = asyncio.create_task(self._process.wait())
         try:
-            await asyncio.wait([waits, ends], timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if ends.done() and not waits.done():
-                last = (await self._process.tail(1)) or ["it said nothing"]
-                raise UserError(
-                    f"{self.engine_id} ended with status {ends.result()} before it was ready: {last[-1]}"
-                )
-            await waits
+            while not waits.done():
+                if why := await self.ended():
+                    raise UserError(why)
+                await asyncio.wait([waits], timeout=0.2)
+            waits.result()
         finally:
-            for task in (waits, ends):
-                task.cancel()
+            waits.cancel()
 
     async def stop(self, drain_s: float = 30) -> None:
         await super().stop(drain_s)

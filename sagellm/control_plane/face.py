@@ -1,0 +1,24 @@
+"""OpenAI's API over an engine object of this process."""
+
+from __future__ import annotations
+
+from sagellm.control_plane.endpoint import AppEndpoint, Endpoint
+from sagellm.control_plane.remote import RemoteEngine
+from sagellm.engine.base import BaseInferenceEngine
+from sagellm.engine.engine import SageLLMEngine
+from sagellm.errors import UserError
+
+
+def endpoint_of(engine: BaseInferenceEngine) -> Endpoint:
+    """Raises UserError for what is no engine."""
+    if isinstance(engine, RemoteEngine):
+        return engine.endpoint
+    if isinstance(engine, SageLLMEngine):
+        from sagellm.server.app import app_of
+
+        return AppEndpoint(app_of(engine))
+    if isinstance(engine, BaseInferenceEngine):
+        from sagellm.control_plane.plain import plain_app
+
+        return AppEndpoint(plain_app(engine))
+    raise UserError(f"{engine!r} is no engine; accepted: a BaseInferenceEngine, or model_id, host and port")

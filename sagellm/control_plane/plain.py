@@ -1,0 +1,182 @@
+"""OpenAI's API, in its plainest form, over any `BaseInferenceEngine`; what that cannot say is refused by name."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from attrs import fields
+from pydantic_core import from_json, to_json
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from sagellm.batch import SamplingParams
+from sagellm.engine.base import BaseInferenceEngine, GenerateRequest, GenerateResult
+from sagellm.errors import QueueFull, UserError
+from sagellm.server.errors import answer, body_of
+
+SAMPLING = {a.name for a in fields(SamplingParams)} - {"logprobs", "prompt_logprobs", "grammar"}
+IGNORED = {"model", "user", "stream_options", "metadata", "store"}
+"""They do not change the output."""
+DONE = b"data: [DONE]\n\n"
+
+
+def plain_app(engine: BaseInferenceEngine) -> Starlette:
+    """Routes of an engine as servers have them."""
+
+    async def health(request: Request) -> Response:
+        found = await engine.health()
+        return (
+            JSONResponse({"status": "ok"}) if found.ready else answer(503, found.detail or found.state.value)
+        )
+
+    async def models(request: Request) -> Response:
+        longest = engine.get_capability().max_sequence_length
+        model = {"id": engine.model_id, "object": "model", "owned_by": "engine", "max_model_len": longest}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def completions(request: Request) -> Response:
+        body = await _body(request)
+        how = _sampling(body, {"prompt", "stream", "priority", "cache_salt"})
+        prompt = body.get("prompt")
+        if not isinstance(prompt, (str, list)) or not prompt:
+            raise UserError(f"prompt is {prompt!r}; accepted: one text, or one list of token ids")
+        name = f"cmpl-{uuid.uuid4().hex}"
+        work = GenerateRequest(
+            prompt=prompt,
+            sampling=how,
+            id=name,
+            priority=body.get("priority") or 0,
+            salt=body.get("cache_salt") or "",
+        )
+        about = {"id": name, "created": int(time.time()), "model": engine.model_id}
+        if body.get("stream"):
+            return StreamingResponse(_stream(engine, work, about), media_type="text/event-stream")
+        result = await engine.generate(work)  # type: ignore[misc]
+        choices = [
+            {"index": i, "text": o.text, "logprobs": None, "finish_reason": _reason(o.finish_reason)}
+            for i, o in enumerate(result.outputs)
+        ]
+        return JSONResponse(
+            about | {"object": "text_completion", "choices": choices, "usage": _usage(result)}
+        )
+
+    async def chat(request: Request) -> Response:
+        body = await _body(request)
+        how = _sampling(body, {"messages", "stream"})
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise UserError(f"messages is {messages!r}; accepted: a list of messages")
+        result = await engine.chat(messages, how)
+        about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.model_id}
+        if body.get("stream"):
+            pieces = _told_at_once(result, about, body.get("stream_options") or {})
+            return StreamingResponse(pieces, media_type="text/event-stream")
+        choices = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": o.text},
+                "finish_reason": _reason(o.finish_reason),
+            }
+            for i, o in enumerate(result.outputs)
+        ]
+        return JSONResponse(
+            about | {"object": "chat.completion", "choices": choices, "usage": _usage(result)}
+        )
+
+    async def embeddings(request: Request) -> Response:
+        body = await _body(request)
+        given = body.get("input")
+        texts = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+        vectors = await engine.embed(texts)
+        data = [
+            {"object": "embedding", "index": i, "embedding": vector.tolist()}
+            for i, vector in enumerate(vectors)
+        ]
+        return JSONResponse({"object": "list", "data": data, "model": engine.model_id})
+
+    async def refused(request: Request, error: Exception) -> Response:
+        return answer(429 if isinstance(error, QueueFull) else 400, str(error))
+
+    return Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/v1/models", models),
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/embeddings", embeddings, methods=["POST"]),
+        ],
+        exception_handlers={UserError: refused},
+    )
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    try:
+        body = from_json(await request.body())
+    except ValueError as error:
+        raise UserError(f"the body is no valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise UserError("the body is no JSON object; accepted: an object")
+    return body
+
+
+def _sampling(body: Mapping[str, Any], own: set[str]) -> SamplingParams:
+    given = {k: v for k, v in body.items() if v is not None and k not in own | IGNORED}
+    if (most := given.pop("max_completion_tokens", None)) is not None:
+        given["max_tokens"] = most
+    if unknown := sorted(set(given) - SAMPLING):
+        raise UserError(
+            f"{unknown[0]} is not supported by this engine; accepted: {', '.join(sorted(SAMPLING))}"
+        )
+    return SamplingParams(**{"temperature": 1.0} | given)
+
+
+def _usage(result: GenerateResult) -> dict[str, Any]:
+    made = sum(len(output.token_ids) for output in result.outputs)
+    return {
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": made,
+        "total_tokens": result.prompt_tokens + made,
+        "prompt_tokens_details": {"cached_tokens": result.cached_tokens},
+    }
+
+
+def _reason(reason: str | None) -> str | None:
+    return "stop" if reason == "abort" else reason
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + to_json(chunk) + b"\n\n"
+
+
+async def _stream(engine: BaseInferenceEngine, work: GenerateRequest, about: dict) -> AsyncIterator[bytes]:
+    head = about | {"object": "text_completion"}
+    try:
+        async for event in engine.stream(work):
+            choice = {
+                "index": event.sample,
+                "text": event.text,
+                "logprobs": None,
+                "finish_reason": _reason(event.finish_reason),
+            }
+            yield _event(head | {"choices": [choice]})
+    except UserError as error:
+        yield _event(body_of(400, str(error)))
+        return
+    yield DONE
+
+
+async def _told_at_once(result: GenerateResult, about: dict, options: Mapping) -> AsyncIterator[bytes]:
+    """The interface has no stream of a conversation, so the whole answer is one piece."""
+    head = about | {"object": "chat.completion.chunk"}
+    for i, output in enumerate(result.outputs):
+        delta = {"role": "assistant", "content": output.text}
+        choice = {"index": i, "delta": delta, "finish_reason": _reason(output.finish_reason)}
+        yield _event(head | {"choices": [choice]})
+    if options.get("include_usage"):
+        yield _event(head | {"choices": [], "usage": _usage(result)})
+    yield DONE

@@ -1,0 +1,270 @@
+"""A request goes to an engine; when that is lost, to another one, and a stream goes on where it was."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from pydantic_core import from_json, to_json
+
+from sagellm.control_plane.calls import Call
+from sagellm.control_plane.endpoint import EngineLost, Reply, events
+from sagellm.control_plane.journal import StreamJournal
+from sagellm.control_plane.remote import message_of
+from sagellm.control_plane.routing.decision import NoEngine
+from sagellm.errors import QueueFull
+from sagellm.server.errors import body_of
+
+if TYPE_CHECKING:
+    from sagellm.control_plane.manager import ControlPlaneManager, Member
+
+log = logging.getLogger(__name__)
+
+BUSY = frozenset({429, 503})
+"""The engine is well and takes nothing now."""
+FAILED = frozenset({500, 502, 504})
+PASSED_ON = ("content-type", "retry-after", "cache-control")
+"""Headers of an engine's answer that the client sees."""
+ENGINE = "x-sagellm-engine"
+DONE = b"data: [DONE]\n\n"
+
+
+class Outcome(Enum):
+    """Of a request at one engine."""
+
+    ANSWERED = "answered"
+    REFUSED = "refused"
+    """It is well and did not take the request, or the client went away."""
+    FAILED = "failed"
+
+
+class Attempt:
+    """A request at one engine, from when it is sent until it has ended there, told to the manager once each."""
+
+    def __init__(self, manager: ControlPlaneManager, member: Member, call: Call):
+        self._manager, self.member, self._call = manager, member, call
+        self._began = time.perf_counter()
+        self._first: float | None = None
+        self._reply: Reply | None = None
+        self._over = False
+        manager.sent(member, call)
+        self._watch = asyncio.create_task(self._until_lost())
+
+    async def _until_lost(self) -> None:
+        await self.member.lost.wait()
+        if self._reply is not None:
+            await self._reply.aclose()
+
+    async def begin(self, path: str, body: dict[str, Any]) -> Reply:
+        """The head of the answer. Raises EngineLost, also where others find the engine lost meanwhile."""
+        asks = asyncio.create_task(self.member.endpoint.send("POST", path, body, self._call.headers))
+        try:
+            await asyncio.wait([asks, self._watch], return_when=asyncio.FIRST_COMPLETED)
+            if not asks.done():
+                raise EngineLost(f"{self.member.info.engine_id} does not answer any more")
+            self._reply = asks.result()
+            return self._reply
+        finally:
+            asks.cancel()
+
+    def first_token(self) -> None:
+        if self._first is None:
+            self._first = time.perf_counter() - self._began
+            self._manager.first_token(self.member, self._call, self._first)
+
+    async def end(self, outcome: Outcome, made: int = 0) -> None:
+        """It has ended, with so many tokens. Calls behind the first do nothing."""
+        if self._over:
+            return
+        self._over = True
+        self._watch.cancel()
+        if self._reply is not None:
+            await self._reply.aclose()
+        per_token = None
+        if self._first is not None and made > 1:
+            per_token = (time.perf_counter() - self._began - self._first) / (made - 1)
+        self._manager.ended(self.member, self._call, outcome, made, per_token)
+
+
+class Relay:
+    def __init__(self, manager: ControlPlaneManager):
+        self._manager = manager
+
+    async def send(self, call: Call) -> Reply:
+        """The answer. Raises NoEngine, QueueFull or EngineLost where none can be had."""
+        self._manager.retries.earn()
+        tried: list[str] = []
+        if call.streams:
+            return await self._stream(call, StreamJournal(call.path, call.body), tried)
+        opened = await self._open(call, None, tried)
+        return opened if isinstance(opened, Reply) else opened[1]
+
+    async def _open(
+        self, call: Call, journal: StreamJournal | None, tried: list[str]
+    ) -> tuple[Attempt, Reply] | Reply:
+        """A stream that has begun; or a whole answer; or, where all engines refuse, the last refusal."""
+        last: Reply | None = None
+        for turn in range(self._manager.config.attempts):
+            if turn and not self._manager.retries.take():
+                break
+            try:
+                member = await self._place(call, journal, tried)
+            except (NoEngine, QueueFull):
+                if last is not None:
+                    return last
+                raise
+            attempt = Attempt(self._manager, member, call)
+            outcome, made = Outcome.REFUSED, 0
+            try:
+                path, body = (
+                    (call.path, call.body)
+                    if journal is None
+                    else journal.request(member.features, member.longest)
+                )
+                if not body.get("model"):
+                    body = body | {"model": member.info.model_id}
+                reply = await attempt.begin(path, body)
+                if reply.status == 200 and journal is not None:
+                    outcome = Outcome.ANSWERED
+                    return attempt, reply
+                said = b"".join([piece async for piece in reply.pieces])
+                if reply.status not in BUSY | FAILED:
+                    outcome, made = Outcome.ANSWERED, _made(said)
+                    self._note_end(call, made)
+                    return _answer(member, reply, said)
+                outcome = Outcome.FAILED if reply.status in FAILED else Outcome.REFUSED
+                last = _answer(member, reply, said)
+            except EngineLost as error:
+                outcome = Outcome.FAILED
+                log.warning("%s: %s was lost: %s", call.metadata.request_id, member.info.engine_id, error)
+            finally:
+                if journal is None or outcome is not Outcome.ANSWERED:
+                    await attempt.end(outcome, made)
+            tried.append(member.info.engine_id)
+        if last is None:
+            raise EngineLost(f"engines were lost while they had the request: {', '.join(tried)}")
+        return last
+
+    async def _place(self, call: Call, journal: StreamJournal | None, tried: list[str]) -> Member:
+        unfit = []
+        if journal is not None and journal.began:
+            members = self._manager.members.values()
+            unfit = [m.info.engine_id for m in members if not journal.can_go_on(m.features)]
+        member, _ = await self._manager.place(call, [*tried, *unfit])
+        meta = call.metadata
+        meta.schedule_time = time.time()
+        meta.queue_time = meta.schedule_time - meta.arrival_time
+        return member
+
+    async def _stream(self, call: Call, journal: StreamJournal, tried: list[str]) -> Reply:
+        """What fails before an engine has begun to answer is an answer of its own, with its own status."""
+        opened = await self._open(call, journal, tried)
+        if isinstance(opened, Reply):
+            return opened
+        pieces = self._pieces(call, journal, opened, tried)
+        try:
+            first = await anext(pieces)
+        except StopAsyncIteration:
+            first = b""
+
+        async def body() -> AsyncIterator[bytes]:
+            yield first
+            async for piece in pieces:
+                yield piece
+
+        engine = opened[0].member.info.engine_id
+        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", ENGINE: engine}
+        return Reply(200, headers, body(), pieces.aclose)
+
+    async def _pieces(
+        self, call: Call, journal: StreamJournal, opened: tuple[Attempt, Reply] | None, tried: list[str]
+    ) -> AsyncIterator[bytes]:
+        while opened is not None:
+            attempt, reply = opened
+            outcome = Outcome.REFUSED
+            before = journal.tokens
+            try:
+                async for data in _before_it_stalls(reply, self._manager.config.stall):
+                    if (piece := journal.take(data)) is not None:
+                        if journal.began:
+                            self._note_start(call)
+                            attempt.first_token()
+                        yield b"data: " + piece + b"\n\n"
+                outcome = Outcome.ANSWERED
+            except EngineLost as error:
+                outcome = Outcome.FAILED
+                engine = attempt.member.info.engine_id
+                log.warning("%s: %s was lost: %s", call.metadata.request_id, engine, error)
+            finally:
+                await attempt.end(outcome, journal.tokens - before)
+                self._note_end(call, journal.tokens)
+            if outcome is Outcome.ANSWERED or journal.finish_reason is not None:
+                for piece in journal.rest():
+                    yield b"data: " + piece + b"\n\n"
+                yield DONE
+                return
+            tried.append(attempt.member.info.engine_id)
+            opened = await self._other(call, journal, tried)
+        error = body_of(503, "the engine was lost and no other can go on with the stream", code="engine_lost")
+        yield b"data: " + to_json(error) + b"\n\n"
+
+    async def _other(
+        self, call: Call, journal: StreamJournal, tried: list[str]
+    ) -> tuple[Attempt, Reply] | None:
+        """Another engine that goes on with the stream; None where there is none."""
+        if not call.metadata.can_be_preempted or not self._manager.retries.take():
+            return None
+        opened = None
+        with suppress(NoEngine, QueueFull, EngineLost):
+            opened = await self._open(call, journal, tried)
+        if isinstance(opened, Reply):
+            log.warning("no engine goes on: %s", message_of(opened.status, await opened.read()))
+            return None
+        return opened
+
+    def _note_start(self, call: Call) -> None:
+        meta = call.metadata
+        if meta.start_time is None:
+            meta.start_time, meta.prefill_completed = time.time(), True
+
+    def _note_end(self, call: Call, made: int) -> None:
+        self._note_start(call)
+        meta = call.metadata
+        meta.tokens_generated, meta.end_time = made, time.time()
+        meta.last_token_time = meta.end_time
+
+
+async def _before_it_stalls(reply: Reply, seconds: float) -> AsyncIterator[bytes]:
+    """Events; raises EngineLost too where none comes for so long."""
+    found = events(reply)
+    try:
+        while True:
+            async with asyncio.timeout(seconds):
+                data = await anext(found, None)
+            if data is None:
+                return
+            yield data
+    except TimeoutError as error:
+        raise EngineLost(f"it said nothing for {seconds:g} s") from error
+
+
+def _made(body: bytes) -> int:
+    with suppress(ValueError, AttributeError, TypeError, KeyError):
+        return int(from_json(body)["usage"].get("completion_tokens", 0))
+    return 0
+
+
+def _answer(member: Member, reply: Reply, body: bytes) -> Reply:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield body
+
+    async def close() -> None:
+        return None
+
+    headers = {name: reply.headers[name] for name in PASSED_ON if name in reply.headers}
+    return Reply(reply.status, headers | {ENGINE: member.info.engine_id}, pieces(), close)

@@ -1,0 +1,52 @@
+"""A control plane in this process, until it is told to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+import uvicorn
+
+from sagellm.control_plane.app import make_app
+from sagellm.control_plane.manager import ControlPlaneManager
+from sagellm.errors import UserError
+from sagellm.server.config import ServerConfig
+from sagellm.server.run import listen
+
+
+def parse_engine(text: str) -> dict[str, Any]:
+    """`[KIND@]ID=http://host:port` as arguments of `register_engine`, but for the model, which is asked for."""
+    name, _, address = text.partition("=")
+    kind, _, name = name.rpartition("@")
+    parts = urlsplit(address)
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if not name or parts.scheme != "http" or not parts.hostname or port is None:
+        raise UserError(f"engine {text!r}; accepted: ID=http://host:port, or KIND@ID=http://host:port")
+    return {"engine_id": name, "host": parts.hostname, "port": port, "engine_kind": kind or "llm"}
+
+
+def run(
+    manager: ControlPlaneManager,
+    engines: Iterable[Mapping[str, Any]],
+    *,
+    host: str,
+    port: int,
+    keys: tuple[str, ...] = (),
+    drain_seconds: float = 30,
+) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    for given in engines:
+        manager.register_engine(**({"model_id": ""} | given))
+    with listen(ServerConfig(host=host, port=port)) as found:
+        app = make_app(manager, keys, drain_seconds=drain_seconds)
+        address = f"http://{host}:{found.getsockname()[1]}"
+        settings = uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=int(drain_seconds) + 5, lifespan="on"
+        )
+        click.echo(f"ready: control plane ({manager.router.strategy.name}) at {address}/v1", err=True)
+        uvicorn.Server(settings).run(sockets=[found])

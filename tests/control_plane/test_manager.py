@@ -1,0 +1,282 @@
+"""A control plane over engines in this process and at addresses."""
+
+import asyncio
+import socket
+from contextlib import asynccontextmanager
+
+import pytest
+import uvicorn
+
+from sagellm.batch import SamplingParams
+from sagellm.control_plane.client import AsyncInferenceClient, UnifiedInferenceClient
+from sagellm.control_plane.endpoint import HttpEndpoint
+from sagellm.control_plane.manager import ControlPlaneManager
+from sagellm.control_plane.remote import RemoteEngine
+from sagellm.control_plane.types import RequestMetadata
+from sagellm.engine.base import EngineState, GenerateRequest
+from sagellm.engine.engine import SageLLMEngine
+from sagellm.errors import UserError
+from sagellm.server.app import app_of
+
+MESSAGES = [{"role": "user", "content": "你好"}]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with SageLLMEngine("builtin", dtype="float32", max_length=512) as one:
+        yield one
+
+
+@asynccontextmanager
+async def served(app):
+    """An application at an address of this machine."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        task = asyncio.create_task(server.serve([found]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        try:
+            yield found.getsockname()[1]
+        finally:
+            server.should_exit = True
+            await task
+
+
+def run(work):
+    return asyncio.run(asyncio.wait_for(work, 60))
+
+
+async def plane(**settings):
+    manager = ControlPlaneManager(probe_every=0.05, **settings)
+    await manager.start()
+    return manager
+
+
+def test_an_engine_object_answers_through_the_manager(engine):
+    async def main():
+        manager = await plane()
+        info = manager.register_engine("sagellm", engine)
+        await manager.wait_until_ready("sagellm")
+        assert (info.state, info.model_id) == (EngineState.READY, engine.model_id)
+        request = RequestMetadata(prompt=MESSAGES, request_type="llm_chat", max_tokens=8, temperature=0)
+        answer = await manager.submit_request(request)
+        alone = await engine.chat(MESSAGES, SamplingParams(max_tokens=8))
+        assert answer["choices"][0]["message"]["content"] == alone.text
+        status = manager.get_request_status(request.request_id)
+        made = answer["usage"]["completion_tokens"]
+        assert (status["state"], status["tokens_generated"]) == ("finished", made)
+        assert manager.get_engine_info("sagellm").active_requests == 0
+        await manager.stop()
+
+    run(main())
+
+
+def test_an_engine_that_is_registered_before_it_listens_becomes_ready(engine):
+    async def main():
+        manager = await plane()
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        manager.register_engine("later", engine.model_id, "127.0.0.1", port, "sagellm")
+        await asyncio.sleep(0.2)
+        assert manager.get_engine_state("later") is not EngineState.READY
+        server = uvicorn.Server(uvicorn.Config(app_of(engine), port=port, log_level="error", lifespan="off"))
+        task = asyncio.create_task(server.serve())
+        info = await manager.wait_until_ready("later")
+        assert info.is_healthy and info.last_heartbeat is not None
+        server.should_exit = True
+        await task
+        while manager.get_engine_state("later") is EngineState.READY:
+            await asyncio.sleep(0.02)
+        assert manager.get_engine_state("later") is EngineState.ERROR
+        assert manager.prune() == ["later"]
+        await manager.stop()
+
+    run(main())
+
+
+def test_a_remote_engine_is_an_engine(engine):
+    async def main():
+        async with served(app_of(engine)) as port:
+            from sagellm.control_plane.adapters import adapter
+
+            remote = adapter("sagellm")(f"http://127.0.0.1:{port}")
+            await remote.start()
+            assert remote.get_capability() == engine.get_capability()
+            assert remote.get_kv_schema() == engine.get_kv_schema()
+            how = SamplingParams(max_tokens=12)
+            here, there = (
+                engine.generate(["Once upon"], how)[0],
+                await remote.generate(GenerateRequest(prompt="Once upon", sampling=how)),
+            )
+            assert (there.text, there.prompt_tokens) == (here.text, here.prompt_tokens)
+            text = "".join([e.text async for e in remote.stream("Once upon", how)])
+            assert text == here.text
+            vectors = await remote.embed(["one", "two"])
+            assert (
+                vectors.shape == (2, 256) and abs(vectors - await engine.embed(["one", "two"])).max() < 1e-5
+            )
+            load = await remote.refresh()
+            assert load.running == 0 and load.generated > 0 and load.kv_use is not None
+            with pytest.raises(UserError, match="temperature"):
+                await remote.generate(GenerateRequest(prompt="x", sampling=SamplingParams(temperature=1e9)))
+            await remote.stop()
+
+    run(main())
+
+
+def test_an_abort_reaches_the_server(engine):
+    async def main():
+        async with served(app_of(engine)) as port:
+            remote = RemoteEngine(f"http://127.0.0.1:{port}")
+            await remote.start()
+            how = SamplingParams(max_tokens=400, ignore_eos=True)
+            events = []
+            async for event in remote.stream(GenerateRequest(prompt="Once", sampling=how, id="mine")):
+                events.append(event)
+                if len(events) == 3:
+                    assert await remote.abort("mine")
+            assert events[-1].finish_reason == "abort" and len(events) < 100
+            while engine.stats().running:
+                await asyncio.sleep(0.02)
+            assert not await remote.abort("mine")
+            await remote.stop()
+
+    run(main())
+
+
+def test_one_client_speaks_to_a_manager_a_server_and_an_engine(engine):
+    async def main():
+        texts = []
+        manager = ControlPlaneManager()
+        manager.register_engine("sagellm", engine)
+        async with served(app_of(engine)) as port:
+            for where in (
+                {"manager": manager},
+                {"engine": engine},
+                {"control_plane_url": f"http://127.0.0.1:{port}/v1"},
+            ):
+                async with await AsyncInferenceClient.create(**where) as client:
+                    whole = await client.chat(MESSAGES, max_tokens=8, temperature=0)
+                    pieces = [c async for c in client.chat_stream(MESSAGES, max_tokens=8, temperature=0)]
+                    said = "".join(c["choices"][0]["delta"].get("content") or "" for c in pieces)
+                    assert said == whole["choices"][0]["message"]["content"]
+                    texts.append(said)
+                    assert (await client.models())[0]["id"] == engine.model_id
+                    with pytest.raises(UserError, match="no-such"):
+                        await client.chat(MESSAGES, model="no-such")
+        assert len(set(texts)) == 1
+
+    run(main())
+
+
+def test_a_program_without_an_event_loop_gets_the_same(engine):
+    manager = ControlPlaneManager()
+    manager.register_engine("sagellm", engine)
+    with UnifiedInferenceClient.create(manager=manager) as client:
+        answer = client.chat(MESSAGES, max_tokens=8, temperature=0)
+        pieces = client.generate_stream("Once upon", max_tokens=8, temperature=0)
+        text = "".join(choice["text"] for chunk in pieces for choice in chunk["choices"])
+        assert text == client.generate("Once upon", max_tokens=8, temperature=0)["choices"][0]["text"]
+        assert len(client.embed(["a", "b"])["data"]) == 2
+        assert 0 < answer["usage"]["completion_tokens"] <= 8
+
+
+def test_a_cancelled_request_ends_at_its_engine(engine):
+    async def main():
+        manager = await plane()
+        manager.register_engine("sagellm", engine)
+        await manager.wait_until_ready("sagellm")
+        request = RequestMetadata(prompt="Once", max_tokens=450, tags={})
+        task = asyncio.create_task(manager.submit_request(request))
+        while not engine.stats().running:
+            await asyncio.sleep(0.01)
+        assert await manager.cancel_request(request.request_id)
+        with pytest.raises(UserError, match="cancelled"):
+            await task
+        while engine.stats().running:
+            await asyncio.sleep(0.01)
+        assert not await manager.cancel_request(request.request_id)
+        assert manager.get_engine_info("sagellm").active_requests == 0
+        await manager.stop()
+
+    run(main())
+
+
+def test_a_draining_engine_gets_nothing_new_and_ends_when_it_is_idle(engine):
+    async def main():
+        manager = await plane()
+        manager.register_engine("sagellm", engine)
+        await manager.wait_until_ready("sagellm")
+        await manager.start_engine_drain("sagellm")
+        await asyncio.sleep(0.2)
+        assert manager.get_engine_state("sagellm") is EngineState.DRAINING
+        with pytest.raises(UserError, match="takes requests now"):
+            await manager.submit_request(RequestMetadata(prompt="Once"))
+        info = await manager.stop_engine_gracefully("sagellm")
+        assert info.is_terminal and not manager.members
+        assert (await engine.health()).ready, "it was not started here"
+        await manager.stop()
+
+    run(main())
+
+
+def test_full_engines_keep_requests_waiting_and_then_refuse(engine):
+    async def main():
+        manager = await plane(queue=2)
+        manager.register_engine("sagellm", engine, metadata={"max_concurrent": 1})
+        await manager.wait_until_ready("sagellm")
+        asks = [RequestMetadata(prompt="Once", max_tokens=30) for _ in range(4)]
+        tasks = [asyncio.create_task(manager.submit_request(one)) for one in asks]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        refused = [one for one in results if isinstance(one, UserError)]
+        assert len(refused) == 1 and "wait" in str(refused[0])
+        assert sum(isinstance(one, dict) for one in results) == 3
+        await manager.stop()
+
+    run(main())
+
+
+def test_a_registry_brings_engines_back(engine, tmp_path):
+    async def main():
+        async with served(app_of(engine)) as port:
+            first = await plane(registry=tmp_path / "engines.json")
+            first.register_engine(
+                "one", engine.model_id, "127.0.0.1", port, "sagellm", {"labels": {"zone": "a"}}
+            )
+            first.register_engine("object", engine)
+            await first.stop()
+            second = await plane(registry=tmp_path / "engines.json")
+            assert [info.engine_id for info in second.list_registered_engines()] == ["one"]
+            info = await second.wait_until_ready("one")
+            assert info.metadata["labels"] == {"zone": "a"}
+            await second.stop()
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (("one", "m", "127.0.0.1", 70000), "port is 70000"),
+        (("one", "m"), "host and port are missing"),
+        (("one", "m", "127.0.0.1", 1, "tgi"), "unknown engine kind 'tgi'"),
+        (("one", object()), "is no engine"),
+    ],
+)
+def test_what_is_no_engine_is_refused_in_one_line(given, said):
+    with pytest.raises(UserError, match=said):
+        ControlPlaneManager().register_engine(*given)
+
+
+def test_nobody_at_the_address():
+    async def main():
+        endpoint = HttpEndpoint("http://127.0.0.1:9")
+        from sagellm.control_plane.endpoint import EngineLost
+
+        with pytest.raises(EngineLost, match=r"127\.0\.0\.1:9"):
+            await endpoint.send("GET", "/health")
+        await endpoint.aclose()
+
+    run(main())
