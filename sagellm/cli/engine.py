@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -99,6 +100,32 @@ def prune(url: str | None, api_key: str | None) -> None:
     """Forget the engines that are lost."""
     removed = ask(control_plane_url(url), api_key, "POST", "/v1/management/engines/prune", {})["removed"]
     click.echo(f"removed: {', '.join(removed) or 'none'}")
+
+
+@engine.command()
+@click.argument("place", metavar="URL|MODULE:OBJECT")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one line a promise.")
+@click.pass_context
+def verify(ctx: click.Context, place: str, as_json: bool) -> None:
+    """Check that an engine keeps what the interface promises: a server, or an object of Python."""
+    from attrs import asdict
+
+    from sagellm.control_plane.endpoint import EngineLost
+    from sagellm.control_plane.verify import load
+    from sagellm.control_plane.verify import verify as verified
+
+    try:
+        results = asyncio.run(verified(load(place)))
+    except EngineLost as error:
+        raise UserError(f"nobody answers: {error}") from error
+    for result in results:
+        line = f"{result.outcome:<12}{result.promise}" + (f"  [{result.detail}]" if result.detail else "")
+        click.echo(json.dumps(asdict(result)) if as_json else line)
+    broken = sum(result.outcome == "broken" for result in results)
+    if not as_json:
+        click.echo(f"{len(results) - broken} of {len(results)} promises kept or not offered")
+    if broken:
+        ctx.exit(1)
 
 
 def _shown(info: dict[str, Any], name: str) -> Any:
