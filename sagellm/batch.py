@@ -181,11 +181,16 @@ class Request:
     salt: str = ""
     """Requests of different salts never share cached blocks: one per tenant keeps them apart."""
     output: list[list[int]] = field(factory=list)
-    """Tokens already generated, per sample: a stream that goes on after its core was lost. None is drawn again."""
+    """Tokens already generated, per sample: a stream that goes on after its core was lost, or elsewhere. None is drawn
+    again."""
     ended: tuple[int, ...] = ()
     """Samples that are not wanted any more, as they have ended."""
     pooling: str = field(default="", validator=_pooling)
     """Not to be continued: the prompt's vector is wanted, pooled like this."""
+
+    def brought(self, sample: int) -> list[int]:
+        """Tokens of this sample's output that the request came with."""
+        return self.output[sample] if sample < len(self.output) else []
 
 
 class Stage(IntFlag):
@@ -302,7 +307,7 @@ class Columns:
     ) -> None:
         """Put a request into a free row; `end` are the model's end tokens."""
         how = request.sampling
-        known = request.prompt + (request.output[sample] if sample < len(request.output) else [])
+        known = request.prompt + request.brought(sample)
         self.tokens[row, : len(known)] = known
         self.number[row], self.sample[row], self.seed[row] = number, sample, seed
         self.priority[row] = request.priority

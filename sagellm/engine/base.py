@@ -61,8 +61,28 @@ class GenerateRequest:
     """Cached blocks are shared among requests of one salt only."""
     pooling: str = ""
     """`mean`, `last` or `cls`: the prompt's vector is wanted, `GenerateResult.embedding`, and no output."""
-    resume: tuple[int, ...] = ()
-    """Tokens of the output that were chosen before, elsewhere; it goes on behind them."""
+    resume: tuple[int, ...] = field(default=(), converter=tuple)
+    """Tokens of the output that were chosen before, elsewhere: it goes on behind them, and no event tells them again.
+    If it ends with them it ends at once, for the reason that it had. Their logprobs are not known."""
+
+    @resume.validator
+    def _check_resume(self, attribute: object, value: tuple[int, ...]) -> None:
+        for token in value:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise UserError(f"resume has {token!r}; accepted: token ids")
+        if not value:
+            return
+        how = self.sampling
+        if how.n > 1 or how.prompt_logprobs is not None or self.pooling:
+            given = f"n {how.n}" if how.n > 1 else "pooling" if self.pooling else "prompt_logprobs"
+            raise UserError(
+                f"resume is given with {given}; accepted: with one output, and neither pooling nor "
+                "prompt_logprobs"
+            )
+        if len(value) > how.max_tokens:
+            raise UserError(
+                f"resume has {len(value)} tokens; accepted: at most max_tokens, which is {how.max_tokens}"
+            )
 
 
 @frozen

@@ -93,6 +93,28 @@ class EngineCore(Planner):
             self.grammars.grammars.matcher(grammar)
         return super().submit(request, number, again=again)
 
+    def ended(self, request: Request) -> dict[int, str]:
+        """Samples whose whole output the request brings, and how each ends. UserError for what follows an end."""
+        how, found = request.sampling, {}
+        stops = {*how.stop_token_ids, *(() if how.ignore_eos else self.model.eos_token_ids)}
+        most = min(how.max_tokens, self.columns.max_length - len(request.prompt))
+        for sample, output in enumerate(request.output):
+            if not output or sample in request.ended:
+                continue
+            if early := stops.intersection(output[:-1]):
+                raise UserError(
+                    f"resume goes on behind token {min(early)}, which ends it; accepted: an output up to its end"
+                )
+            if output[-1] in stops:
+                found[sample] = REASONS[STOP]
+            elif len(output) >= most:
+                found[sample] = REASONS[LENGTH]
+            elif how.grammar is not None:
+                ends = stops if len(output) < how.min_tokens else ()
+                if self.grammars.grammars.ended(how.grammar, output, ends):
+                    found[sample] = REASONS[STOP]
+        return found
+
     def _function(self, name: str, words: tuple[str, ...]) -> Callable:
         """The compiled function of the model graph for these row kinds or sampling stages."""
         if name == "sample":
@@ -296,11 +318,12 @@ class EngineCore(Planner):
         failed = self._follow_grammars(rows, tokens, reasons)
         told = logprobs.of_tokens(outcome, c), logprobs.of_prompts(outcome, c)
         self.counters.generated += len(rows)
-        self._time(rows, indices)
+        self._time(rows)
         for i in np.flatnonzero(reasons).tolist():
             row = int(rows[i])
-            if indices[i] > 0:
-                self.times.tpot.add_one((c.last_token[row] - c.first_token[row]) / indices[i])
+            made = int(indices[i]) - len(self.scheduler.sequences[row].request.brought(int(samples[i])))
+            if made > 0:
+                self.times.tpot.add_one((c.last_token[row] - c.first_token[row]) / made)
             self.view.drafts.ended(row)
             self.scheduler.finish(row)
             self.counters.finished[REASONS[reasons[i]]] += 1
@@ -334,16 +357,17 @@ class EngineCore(Planner):
                 reasons[i] = STOP
         return failed
 
-    def _time(self, rows: np.ndarray, indices: np.ndarray) -> None:
-        now = self.scheduler.clock()
-        c, first = self.columns, indices == 0
+    def _time(self, rows: np.ndarray) -> None:
+        """The first token is the first of this core: what a request brings was made elsewhere."""
+        now, c = self.scheduler.clock(), self.columns
+        follows = np.zeros(len(rows), bool)
+        follows[1:] = rows[1:] == rows[:-1]
+        first = (c.first_token[rows] == 0) & ~follows
         if first.any():
             fresh = rows[first]
             self.times.ttft.add(now - c.arrived[fresh])
             c.first_token[fresh] = now
         if not first.all():
-            follows = np.zeros(len(rows), bool)
-            follows[1:] = rows[1:] == rows[:-1]
             gaps = np.where(follows, 0.0, now - c.last_token[rows])
             self.times.itl.add(gaps[~first])
         c.last_token[rows] = now

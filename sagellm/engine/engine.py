@@ -56,6 +56,11 @@ class Stream:
         """What there is so far; all of it once the stream has ended."""
         return self._journal.result
 
+    @property
+    def resumed(self) -> str:
+        """The text before the first event's: what `GenerateRequest.resume` shows."""
+        return self._journal.resumed
+
     def __iter__(self) -> Iterator[TokenEvent]:
         return self
 
@@ -273,16 +278,29 @@ class SageLLMEngine(BaseInferenceEngine):
             self._tokenizer("stop strings")
         if how.seed is None:
             how = evolve(how, seed=int(self._seeds.integers(2**63)))
+        prompt = self.encode(work.prompt)
+        self._check_resume(prompt, work.resume)
         request = Request(
             f"request-{next(self._ids)}" if work.id is None else work.id,
-            self.encode(work.prompt),
+            prompt,
             how,
             work.priority,
             work.deadline,
             work.salt,
+            [list(work.resume)] if work.resume else [],
             pooling=work.pooling,
         )
         return Stream(self, self.front.open(request))
+
+    def _check_resume(self, prompt: list[int], resume: Sequence[int]) -> None:
+        longest, known = self.get_capability().max_sequence_length, len(prompt) + len(resume)
+        if resume and longest and known > longest:
+            raise UserError(
+                f"prompt and resume have {known} tokens; accepted: at most {longest}, the context"
+            )
+        for token in resume:
+            if token >= self.vocab_size:
+                raise UserError(f"token id {token} in resume; accepted: 0 to {self.vocab_size - 1}")
 
     async def _result(self, stream: Stream) -> GenerateResult:
         async for _ in stream:
@@ -331,10 +349,9 @@ class SageLLMEngine(BaseInferenceEngine):
     # a prompt's keys and values, elsewhere
 
     async def prefill(self, request: GenerateRequest) -> KVHandle:
-        tokens = self.encode(request.prompt)
-        once = evolve(
-            request, prompt=tokens, sampling=evolve(request.sampling, max_tokens=1, min_tokens=0, n=1)
-        )
+        tokens = [*self.encode(request.prompt), *request.resume]
+        how = evolve(request.sampling, max_tokens=1, min_tokens=0, n=1)
+        once = evolve(request, prompt=tokens, resume=(), sampling=how)
         await self._result(self.stream(once))
         blocks, values = await asyncio.wrap_future(self.front.call("export", tokens, request.salt))
         schema = self.get_kv_schema()

@@ -40,6 +40,8 @@ class Journal:
     result: GenerateResult
     detokenizers: list[Detokenizer | None]
     submitted: float
+    resumed: str = ""
+    """The text of what the request brings of its output."""
     first: float = 0.0
     running: int = 0
     """Samples that have not ended."""
@@ -120,13 +122,18 @@ class Front:
             time.perf_counter(),
             running=how.n,
         )
+        _replay(journal)
         with self._lock:
             if self.error or self._closed:
                 raise UserError(self.error or "the engine is stopped; accepted: requests before that")
             if any(j.request.id == request.id for j in self._journals.values()):
                 raise UserError(f"request id {request.id!r} is in use; accepted: a new one")
             self._journals[journal.number] = journal
-            self.link.send(("submit", journal.number, request, False))
+            detokenizer = journal.detokenizers[0]
+            if detokenizer and detokenizer.stopped is not None:
+                self._ended_before(journal, 0, "stop")
+            else:
+                self.link.send(("submit", journal.number, request, False))
         return journal
 
     def _detokenizer(self, request: Request) -> Detokenizer | None:
@@ -206,6 +213,12 @@ class Front:
                 for sample in range(len(journal.result.outputs)):
                     self._end(journal, sample, "error", text)
                 return (journal,)
+            case ("ended", number, sample, reason):
+                journal = self._journals.get(number)
+                if journal is None or journal.result.outputs[sample].finish_reason is not None:
+                    return ()
+                self._ended_before(journal, sample, reason)
+                return (journal,)
             case ("reply", token, value):
                 self._calls.pop(token)[1].set_result(value)
             case ("failed", token, text):
@@ -217,8 +230,9 @@ class Front:
         for began in events.began:
             journal = self._journals.get(began.number)
             if journal is not None and not journal.result.cache_miss:
-                journal.result.cached_tokens, journal.result.cache_miss = began.cached, began.miss
-                journal.result.queued = began.queued
+                result = journal.result
+                result.cached_tokens = min(began.cached, result.prompt_tokens)
+                result.cache_miss, result.queued = began.miss, began.queued
         for number, prompt_logprobs in events.prompt_logprobs.items():
             journal = self._journals.get(number)
             if journal is not None:
@@ -256,10 +270,11 @@ class Front:
             journal.detokenizers[sample],
         )
         now, index = time.perf_counter(), len(output.token_ids)
-        if sample == 0 and index == 0:
+        made = index - len(journal.request.brought(sample))
+        if sample == 0 and made == 0:
             journal.first, result.ttft = now, now - journal.submitted
         elif sample == 0:
-            result.tpot = (now - journal.first) / index
+            result.tpot = (now - journal.first) / made
         output.token_ids.append(token)
         if logprob is not None:
             output.logprobs.append(logprob[0])
@@ -278,6 +293,18 @@ class Front:
         journal.events.put(TokenEvent(result.request_id, index, (token,), text, logprobs, reason, sample))
         if reason is not None:
             self._ended(journal, reason)
+
+    def _ended_before(self, journal: Journal, sample: int, reason: str) -> None:
+        """A sample whose whole output the request brought: its text was told before, to its end."""
+        output, detokenizer = journal.result.outputs[sample], journal.detokenizers[sample]
+        if detokenizer:
+            output.text += detokenizer.finish()
+            if detokenizer.stopped is not None:
+                reason, output.stopped_by = "stop", detokenizer.stopped
+        output.finish_reason = reason
+        index = len(output.token_ids)
+        journal.events.put(TokenEvent(journal.request.id, index, (), "", (), reason, sample))
+        self._ended(journal, reason)
 
     def _end(self, journal: Journal, sample: int, reason: str, error: str = "") -> None:
         """A sample ends without a token."""
@@ -343,6 +370,23 @@ class Front:
             self.error = error
             self._end_all("error", error)
         return False
+
+
+def _replay(journal: Journal) -> None:
+    """Be where the output was behind the tokens that the request brings of it, for its text and what is withheld."""
+    for output, detokenizer, tokens in zip(
+        journal.result.outputs, journal.detokenizers, journal.request.output
+    ):
+        output.token_ids += tokens
+        if detokenizer is None:
+            continue
+        for i, token in enumerate(tokens):
+            detokenizer.push(token)
+            if detokenizer.stopped is not None and i + 1 < len(tokens):
+                raise UserError(
+                    f"resume goes on behind stop string {detokenizer.stopped!r}; accepted: an output up to its end"
+                )
+        output.text = journal.resumed = detokenizer.text
 
 
 def _add_prompt_logprobs(result: GenerateResult, some: list[tuple[int, float, Top]]) -> None:

@@ -69,6 +69,15 @@ class Grammars:
             self._known.move_to_end(grammar)
             return found.deep_copy()
 
+    def ended(self, grammar: Grammar, output: list[int], ends: Iterable[int]) -> bool:
+        """Whether nothing can follow but these and the model's end tokens. UserError for what is not of the grammar."""
+        matcher = self.matcher(grammar)
+        if not matcher.consume_tokens(output):
+            raise UserError("resume is not of the grammar; accepted: the beginning of an output that is")
+        allowed = np.full((1, self.words), -1, np.int32)
+        fill_next_token_bitmask(matcher, allowed, 0)
+        return not _without(allowed[0], {*self.end_tokens, *ends}).any()
+
     def _compiled(self, grammar: Grammar) -> ll.LLMatcher:
         if self._vocabulary is None:
             self._vocabulary = self._read_vocabulary()
@@ -91,6 +100,14 @@ class Grammars:
             )
         ends = list(self.end_tokens) or None
         return ll.LLTokenizer(self._tokenizer().to_json(), n_vocab=self._vocab_size, eos_token=ends)
+
+
+def _without(allowed: np.ndarray, tokens: Iterable[int]) -> np.ndarray:
+    """A row of allowed tokens, less these."""
+    rest = allowed.copy()
+    for token in tokens:
+        rest[token >> 5] &= ~np.uint32(1 << (token & 31)).view(np.int32)
+    return rest
 
 
 def _source(grammar: Grammar) -> str:
@@ -157,10 +174,7 @@ class RowGrammars:
         ends = set(self.grammars.end_tokens)
         if c.length[row] < c.minimum[row]:
             ends |= {token for token in c.stops[row].tolist() if token >= 0}
-        follows = c.allowed[row].copy()
-        for token in ends:
-            follows[token >> 5] &= ~np.uint32(1 << (token & 31)).view(np.int32)
-        return not follows.any(), why
+        return not _without(c.allowed[row], ends).any(), why
 
     def _fill(self, row: int) -> str:
         """Write what may come next; what is wrong with it."""

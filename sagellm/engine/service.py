@@ -1,8 +1,8 @@
 """The core's side of the conversation with a front: messages in, replies and steps out. Knows no transport.
 
 Messages to the core are tuples: ("submit", number, request, again), ("abort", number, sample or None) and
-("call", token, method, arguments). It answers with ("refused", number, text, full), ("step", StepEvents),
-("reply", token, value) and ("failed", token, text).
+("call", token, method, arguments). It answers with ("refused", number, text, full), ("ended", number, sample, reason)
+where a request brings its whole output, ("step", StepEvents), ("reply", token, value) and ("failed", token, text).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from attrs import evolve
 
 from sagellm.batch import Request
 from sagellm.engine.core import EngineCore
@@ -47,10 +48,16 @@ class CoreService:
 
     def _submit(self, number: int, request: Request, again: bool) -> Iterator[Message]:
         try:
-            self.core.submit(request, number, again=again)
-            self._ids[number] = request.id
+            ended = self.core.ended(request)
+            request = evolve(request, ended=(*request.ended, *ended))
+            if len(request.ended) < request.sampling.n:
+                self.core.submit(request, number, again=again)
+                self._ids[number] = request.id
         except UserError as error:
             yield "refused", number, str(error), isinstance(error, QueueFull)
+            return
+        for sample, reason in ended.items():
+            yield "ended", number, sample, reason
 
     def step(self) -> StepEvents:
         """One step. Should more than single requests fail, all that run or wait do, and the core goes on without."""

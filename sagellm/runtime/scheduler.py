@@ -136,7 +136,7 @@ class Scheduler:
                 now,
                 rank[self.order],
                 self.kv.chain(request.salt),
-                np.array(request.prompt + (request.output[sample : sample + 1] or [[]])[0], np.int32),
+                np.array(request.prompt + request.brought(sample), np.int32),
             )
             for sample in range(request.sampling.n)
             if sample not in request.ended

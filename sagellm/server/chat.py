@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from attrs import define, field
 from fastapi import Request
 
 from sagellm.engine.base import GenerateRequest, GenerateResult, Output, TokenEvent
+from sagellm.engine.engine import Stream
 from sagellm.engine.tokenizer import Tokenizer
 from sagellm.errors import UserError
 from sagellm.server.errors import APIError
@@ -62,8 +63,13 @@ class Chat:
     """How the model marks its calls, see `parsing.FORMS`; None: it knows no tools."""
     id: str = field(factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(factory=lambda: int(time.time()))
+    prompt: list[int] = field(factory=list)
+    stream: Stream | None = None
+    """The engine's, once it is open."""
     _thinking: bool = False
     _parsers: dict[int, Parser] = field(factory=dict)
+    _begun: set[int] = field(factory=set)
+    """Choices of which a chunk was sent."""
 
     @property
     def tools(self) -> list[dict[str, Any]] | None:
@@ -138,7 +144,7 @@ class Chat:
         asked = self.grammar()
         if asked is not None:
             await state.check(asked.grammar, asked.field)
-        prompt = self.tokenizer.encode(text, add_special_tokens=False)
+        prompt = self.prompt = self.tokenizer.encode(text, add_special_tokens=False)
         longest = state.ready().get_capability().max_sequence_length or len(prompt) + 1
         most = given.max_tokens if given.max_completion_tokens is None else given.max_completion_tokens
         how = sampling_params(
@@ -149,12 +155,25 @@ class Chat:
             grammar=None if asked is None else asked.grammar,
         )
         return GenerateRequest(
-            id=self.id, prompt=prompt, sampling=how, priority=given.priority, salt=given.cache_salt or ""
+            id=self.id,
+            prompt=prompt,
+            sampling=how,
+            priority=given.priority,
+            salt=given.cache_salt or "",
+            resume=given.resume_token_ids or (),
         )
+
+    def opened(self, stream: Stream) -> None:
+        self.stream = stream
+        if self.given.resume_token_ids is not None:
+            self._parsers[0] = self._parser()
+            list(self._parsers[0].push(stream.resumed))  # what the client has is read and not told again
 
     def whole(self, result: GenerateResult) -> dict[str, Any]:
         choices = [self._choice(i, output) for i, output in enumerate(result.outputs)]
         more = {} if result.prompt_logprobs is None else {"prompt_logprobs": result.prompt_logprobs}
+        if self.given.return_token_ids:
+            more["prompt_token_ids"] = self.prompt
         return self._object("chat.completion", choices) | {"usage": usage_of([result])} | more
 
     def _choice(self, index: int, output: Output) -> dict[str, Any]:
@@ -167,13 +186,15 @@ class Chat:
             message |= {"content": content.strip() or None, "tool_calls": calls}
         if reasoning := "".join(part.reasoning for part in parts):
             message["reasoning_content"] = reasoning
-        return {
+        fresh = output.token_ids[len(self.given.resume_token_ids or ()) :]
+        choice = {
             "index": index,
             "message": message,
-            "logprobs": self._logprobs(output.token_ids, zip(output.logprobs, output.top_logprobs)),
+            "logprobs": self._logprobs(fresh, zip(output.logprobs, output.top_logprobs)),
             "finish_reason": self._reason(output.finish_reason, parser),
             "stop_reason": output.stopped_by,
         }
+        return choice | ({"token_ids": list(output.token_ids)} if self.given.return_token_ids else {})
 
     @staticmethod
     def _reason(reason: str | None, parser: Parser) -> str | None:
@@ -193,33 +214,51 @@ class Chat:
             "choices": choices,
         }
 
-    def _chunk(self, index: int, delta: dict, reason: str | None = None, logprobs: Any = None) -> dict:
+    def _chunk(
+        self,
+        index: int,
+        delta: dict,
+        ids: Sequence[int] = (),
+        reason: str | None = None,
+        logprobs: Any = None,
+    ) -> dict:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return self._object("chat.completion.chunk", [choice])
+        chunk = self._object("chat.completion.chunk", [choice])
+        if self.given.return_token_ids:
+            choice["token_ids"] = list(ids)
+            if index not in self._begun:
+                self._begun.add(index)
+                chunk["prompt_token_ids"] = self.prompt
+        return chunk
 
     def heads(self) -> Iterable[dict[str, Any]]:
-        for index in range(self.given.n or 1):
+        for index in range(self.given.n or 1 if self.given.resume_token_ids is None else 0):
             yield self._chunk(index, {"role": "assistant", "content": ""})
 
     def pieces(self, which: int, event: TokenEvent) -> Iterable[dict[str, Any]]:
+        """One chunk at most, so that who has an event's tokens has all of its text too."""
         parser = self._parsers.setdefault(event.sample, self._parser())
-        parts = list(parser.push(event.text))
-        if event.finish_reason:
-            parts += parser.finish()
-        deltas = [self._delta(parser, part) for part in parts]
+        found, text = parser.calls, event.text
+        told = not event.ids and event.finish_reason in ("stop", "length")
+        if told:  # the answer had ended with what the client has of it
+            text = self.stream.result.text[len(self.stream.resumed) :]
+        parts = [*parser.push(text), *(parser.finish() if event.finish_reason else ())]
+        delta = {} if told else self._delta(parts, found)
         logprobs = self._logprobs(event.ids, event.logprobs) if event.logprobs else None
-        if not deltas and (event.finish_reason or logprobs):
-            deltas = [{}]
-        for i, delta in enumerate(deltas):
-            reason = self._reason(event.finish_reason, parser) if i + 1 == len(deltas) else None
-            yield self._chunk(event.sample, delta, reason, logprobs if i == 0 else None)
+        if delta or logprobs or event.finish_reason or self.given.return_token_ids:
+            reason = self._reason(event.finish_reason, parser)
+            yield self._chunk(event.sample, delta, event.ids, reason, logprobs)
 
     @staticmethod
-    def _delta(parser: Parser, part: Part) -> dict[str, Any]:
-        if part.call is not None:
-            parser.told += 1
-            return {"tool_calls": [tool_call(part.call, parser.told - 1)]}
-        return {"reasoning_content": part.reasoning} if part.reasoning else {"content": part.content}
+    def _delta(parts: Sequence[Part], found: int) -> dict[str, Any]:
+        """`found`: calls before these."""
+        calls = [part.call for part in parts if part.call is not None]
+        delta = {
+            "reasoning_content": "".join(part.reasoning for part in parts),
+            "content": "".join(part.content for part in parts),
+            "tool_calls": [tool_call(call, index) for index, call in enumerate(calls, found)],
+        }
+        return {name: value for name, value in delta.items() if value}
 
     def tail(self, results: list[GenerateResult]) -> Iterable[dict[str, Any]]:
         if self.given.stream_options is not None and self.given.stream_options.include_usage:
@@ -230,6 +269,7 @@ async def chat(request: Request, state: ServerState, given: ChatRequest):
     engine = state.serving(given.model)
     job = Chat(given, state.model_name, state.tokenizer(), state.tool_form)
     streams = open_streams(engine, [await job.request(state)])
+    job.opened(streams[0])
     if given.stream:
         return await as_they_come(request, streams, job.pieces, first=job.heads(), last=job.tail)
     (result,) = await to_the_end(request, streams)

@@ -99,8 +99,6 @@ class Parser:
     """Found so far."""
     most: int | None = None
     """Calls that are wanted; those behind are left out."""
-    told: int = 0
-    """Of these, sent to the client of a stream."""
     _held: str = ""
     _inside: bool = False
     """Of a call."""

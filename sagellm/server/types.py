@@ -15,6 +15,7 @@ MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_BIASES = 1024
 MAX_GRAMMAR = 128 * 1024
+MAX_RESUMED = 2**20
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Name = Annotated[str, StringConstraints(max_length=256)]
@@ -97,6 +98,9 @@ class Sampling(Strict):
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     cache_salt: Name | None = None
+    return_token_ids: bool | None = None
+    resume_token_ids: Annotated[list[Token], Field(max_length=MAX_RESUMED)] | None = None
+    """The client has these tokens of the answer, and all that came before the next one: only that is told."""
     response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -105,6 +109,14 @@ class Sampling(Strict):
     guided_grammar: GrammarText | None = None
     guided_decoding_backend: Refused = None
     guided_whitespace_pattern: Refused = None
+
+    @model_validator(mode="after")
+    def _check_resume(self) -> Sampling:
+        if self.resume_token_ids is not None and (self.n or 1) > 1:
+            raise ValueError("resume_token_ids: accepted: only with n = 1")
+        if self.resume_token_ids is not None and self.prompt_logprobs is not None:
+            raise ValueError("resume_token_ids: accepted: only without prompt_logprobs")
+        return self
 
 
 Prompts = (
@@ -148,6 +160,11 @@ class CompletionRequest(Sampling):
     def _check(self) -> CompletionRequest:
         if self.best_of not in (None, 1, self.n):
             raise ValueError("best_of: accepted: the same as n")
+        if self.resume_token_ids is not None:
+            if len(prompts_of(self.prompt)) > 1:
+                raise ValueError("resume_token_ids: accepted: only with one prompt")
+            if self.echo and self.logprobs is not None and not self.stream:
+                raise ValueError("resume_token_ids: accepted: with echo and logprobs only in a stream")
         return self
 
 

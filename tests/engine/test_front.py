@@ -41,7 +41,7 @@ def engine(request):
 
 
 def ask(prompt, **how):
-    fields = {name: how.pop(name) for name in ("id", "priority", "salt", "deadline") if name in how}
+    fields = {name: how.pop(name) for name in ("id", "priority", "salt", "deadline", "resume") if name in how}
     return GenerateRequest(prompt=prompt, sampling=SamplingParams(**{"max_tokens": 20, **how}), **fields)
 
 
@@ -203,6 +203,18 @@ def test_a_killed_core_costs_a_pause_and_no_token(process, inline):
         assert process.front.restarts <= before + 1
     assert process.stats().restarts >= KILLS - 1
     assert asyncio.run(process.health()).ready
+
+
+def test_a_killed_core_costs_a_stream_that_was_begun_elsewhere_nothing(process, inline):
+    how = {"temperature": 1.2, "seed": 4, "max_tokens": 60, "ignore_eos": True}
+    whole = inline.generate(["x"], SamplingParams(**how))[0]
+    stream = process.stream(ask("x", resume=whole.token_ids[:20], **how))
+    for event in stream:
+        if event.index == 25:
+            process.front.link.process.kill()
+    assert (stream.result.token_ids, stream.result.text) == (whole.token_ids, whole.text)
+    (end,) = process.stream(ask("x", resume=whole.token_ids, **how))
+    assert end.finish_reason == "length" and end.ids == ()
 
 
 def test_a_core_that_never_lives_to_give_a_token_is_given_up(text_checkpoint):
