@@ -20,6 +20,8 @@ class Call:
     metadata: RequestMetadata
     headers: dict[str, str] = field(factory=dict)
     """That go to the engine."""
+    retries: int = 0
+    """How often it was sent again."""
     ask: Ask = field(init=False)
 
     def __attrs_post_init__(self) -> None:

@@ -51,7 +51,3 @@ def needed(path: str, body: Mapping[str, Any]) -> frozenset[str]:
     if isinstance(given, list) and given and not isinstance(given[0], str):
         found.add(TOKEN_IDS)
     return frozenset(found)
-
-
-OURS = ALL - {"return_token_ids", "resume_token_ids"}
-"""Those of sageLLM's server."""

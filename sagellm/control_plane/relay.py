@@ -109,8 +109,9 @@ class Relay:
     ) -> tuple[Attempt, Reply] | Reply:
         """A stream that has begun; or a whole answer; or, where all engines refuse, the last refusal."""
         last: Reply | None = None
+        lost = False
         for turn in range(self._manager.config.attempts):
-            if turn and not self._manager.retries.take():
+            if turn and not self._may_try_again(call, lost):
                 break
             try:
                 member = await self._place(call, journal, tried)
@@ -119,7 +120,7 @@ class Relay:
                     return last
                 raise
             attempt = Attempt(self._manager, member, call)
-            outcome, made = Outcome.REFUSED, 0
+            outcome, made, lost = Outcome.REFUSED, 0, False
             try:
                 path, body = (
                     (call.path, call.body)
@@ -140,7 +141,7 @@ class Relay:
                 outcome = Outcome.FAILED if reply.status in FAILED else Outcome.REFUSED
                 last = _answer(member, reply, said)
             except EngineLost as error:
-                outcome = Outcome.FAILED
+                outcome, lost = Outcome.FAILED, True
                 log.warning("%s: %s was lost: %s", call.metadata.request_id, member.info.engine_id, error)
             finally:
                 if journal is None or outcome is not Outcome.ANSWERED:
@@ -149,6 +150,11 @@ class Relay:
         if last is None:
             raise EngineLost(f"engines were lost while they had the request: {', '.join(tried)}")
         return last
+
+    def _may_try_again(self, call: Call, lost: bool) -> bool:
+        """A request whose engine was lost may once go elsewhere, however many there are; all else is budgeted."""
+        call.retries += 1
+        return (lost and call.retries == 1) or self._manager.retries.take()
 
     async def _place(self, call: Call, journal: StreamJournal | None, tried: list[str]) -> Member:
         unfit = []
@@ -166,26 +172,30 @@ class Relay:
         opened = await self._open(call, journal, tried)
         if isinstance(opened, Reply):
             return opened
-        pieces = self._pieces(call, journal, opened, tried)
-        try:
-            first = await anext(pieces)
-        except StopAsyncIteration:
-            first = b""
+        engines: list[str] = []
+        pieces = self._pieces(call, journal, opened, tried, engines)
+        first = await anext(pieces)
 
         async def body() -> AsyncIterator[bytes]:
             yield first
             async for piece in pieces:
                 yield piece
 
-        engine = opened[0].member.info.engine_id
-        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", ENGINE: engine}
+        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", ENGINE: engines[-1]}
         return Reply(200, headers, body(), pieces.aclose)
 
     async def _pieces(
-        self, call: Call, journal: StreamJournal, opened: tuple[Attempt, Reply] | None, tried: list[str]
+        self,
+        call: Call,
+        journal: StreamJournal,
+        opened: tuple[Attempt, Reply] | None,
+        tried: list[str],
+        engines: list[str],
     ) -> AsyncIterator[bytes]:
+        """`engines` get the id of each one as it begins. Raises EngineLost while nothing was said."""
         while opened is not None:
             attempt, reply = opened
+            engines.append(attempt.member.info.engine_id)
             outcome = Outcome.REFUSED
             before = journal.tokens
             try:
@@ -210,6 +220,8 @@ class Relay:
                 return
             tried.append(attempt.member.info.engine_id)
             opened = await self._other(call, journal, tried)
+        if not journal.began:
+            raise EngineLost(f"engines were lost while they had the request: {', '.join(tried)}")
         error = body_of(503, "the engine was lost and no other can go on with the stream", code="engine_lost")
         yield b"data: " + to_json(error) + b"\n\n"
 
@@ -217,7 +229,7 @@ class Relay:
         self, call: Call, journal: StreamJournal, tried: list[str]
     ) -> tuple[Attempt, Reply] | None:
         """Another engine that goes on with the stream; None where there is none."""
-        if not call.metadata.can_be_preempted or not self._manager.retries.take():
+        if not call.metadata.can_be_preempted or not self._may_try_again(call, lost=True):
             return None
         opened = None
         with suppress(NoEngine, QueueFull, EngineLost):

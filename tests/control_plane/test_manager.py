@@ -2,10 +2,10 @@
 
 import asyncio
 import socket
-from contextlib import asynccontextmanager
 
 import pytest
 import uvicorn
+from planes import run, served
 
 from sagellm.batch import SamplingParams
 from sagellm.control_plane.client import AsyncInferenceClient, UnifiedInferenceClient
@@ -25,26 +25,6 @@ MESSAGES = [{"role": "user", "content": "你好"}]
 def engine():
     with SageLLMEngine("builtin", dtype="float32", max_length=512) as one:
         yield one
-
-
-@asynccontextmanager
-async def served(app):
-    """An application at an address of this machine."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        task = asyncio.create_task(server.serve([found]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        try:
-            yield found.getsockname()[1]
-        finally:
-            server.should_exit = True
-            await task
-
-
-def run(work):
-    return asyncio.run(asyncio.wait_for(work, 60))
 
 
 async def plane(**settings):

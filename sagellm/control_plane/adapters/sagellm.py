@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 
 from sagellm.control_plane.adapters.base import EngineOptions, ServerAdapter
-from sagellm.control_plane.features import OURS
+from sagellm.control_plane.features import ALL
 
 
 class SageLLMAdapter(ServerAdapter):
     KIND = "sagellm"
     MISSING = "install it with: pip install sagellm"
-    FEATURES = OURS
+    FEATURES = ALL
     METRICS = {
         "running": ("sagellm_running_sequences",),
         "waiting": ("sagellm_waiting_sequences",),

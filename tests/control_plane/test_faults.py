@@ -1,0 +1,253 @@
+"""Engines die, stall and refuse: requests go elsewhere, and streams go on where they were."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+from planes import run, served
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from sagellm.control_plane.calls import Call
+from sagellm.control_plane.client import AsyncInferenceClient
+from sagellm.control_plane.faults import FAILURES, Breaker, RetryBudget
+from sagellm.control_plane.manager import ControlPlaneManager
+from sagellm.control_plane.types import RequestMetadata, RequestType
+from sagellm.engine.base import EngineState
+from sagellm.engine.engine import SageLLMEngine
+
+PROMPTS = [
+    f"Once upon a time there was a {word}"
+    for word in ("dog", "cat", "boy", "girl", "bird", "fish", "tree", "king")
+]
+STREAMS = 32
+TOKENS = 96
+
+
+async def text_of(client, number, **more):
+    chunks = client.generate_stream(
+        PROMPTS[number % len(PROMPTS)], max_tokens=TOKENS, ignore_eos=True, temperature=0,
+        stream_options={"include_usage": True}, **more,
+    )  # fmt: skip
+    text, usage, reasons = "", None, []
+    async for chunk in chunks:
+        for choice in chunk["choices"]:
+            assert "token_ids" not in choice, "the client did not ask for them"
+            text += choice["text"]
+            reasons.append(choice["finish_reason"])
+        usage = chunk.get("usage") or usage
+    assert reasons[-1] == "length" and reasons.count("length") == 1
+    assert usage["completion_tokens"] == TOKENS
+    return text
+
+
+def test_streams_of_a_killed_engine_go_on_in_another(tmp_path):
+    """32 streams over two servers, one of which gets kill -9: all end with the text of an undisturbed engine."""
+    with SageLLMEngine("builtin", dtype="float32", max_length=256) as alone:
+        from sagellm.batch import SamplingParams
+
+        how = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+        expected = [result.text for result in alone.generate(PROMPTS, how)]
+
+    async def main():
+        manager = ControlPlaneManager(probe_every=0.1, strategy="round_robin", logs=tmp_path)
+        options = {"extra": ("--dtype", "float32", "--max-length", "256", "--core", "inline")}
+        async with await AsyncInferenceClient.create(manager=manager, timeout=300) as client:
+            infos = [await manager.request_engine_startup("builtin", **options) for _ in range(2)]
+            for info in infos:
+                await manager.wait_until_ready(info.engine_id, 120)
+            tasks = [asyncio.create_task(text_of(client, i)) for i in range(STREAMS)]
+            victim = manager.members[infos[0].engine_id]
+            while victim.info.active_requests < STREAMS // 2:
+                await asyncio.sleep(0.01)
+            while manager.fleet.rows["ahead"].any():  # prompts that have no token yet
+                await asyncio.sleep(0.01)
+            os.killpg(victim.info.metadata["pid"], signal.SIGKILL)
+            texts = await asyncio.gather(*tasks)
+            assert texts == [expected[i % len(PROMPTS)] for i in range(STREAMS)]
+            assert manager.outcomes[infos[0].engine_id, "failed"] > 0
+            while manager.get_engine_state(infos[0].engine_id) is not EngineState.ERROR:
+                await asyncio.sleep(0.05)
+
+    run(main(), 400)
+
+
+def chunk(text, reason=None):
+    choice = {"index": 0, "text": text, "finish_reason": reason}
+    return f'data: {{"id":"x","object":"text_completion","created":1,"model":"m","choices":[{_json(choice)}]}}\n\n'
+
+
+def _json(value):
+    import json
+
+    return json.dumps(value)
+
+
+def engine_that(answers):
+    """An engine's server whose completions are what `answers(body)` gives."""
+
+    async def completions(request):
+        return await answers(await request.json())
+
+    async def models(request):
+        return JSONResponse({"data": [{"id": "m", "max_model_len": 100}]})
+
+    async def health(request):
+        return JSONResponse({})
+
+    return Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/v1/models", models),
+            Route("/v1/completions", completions, methods=["POST"]),
+        ]
+    )
+
+
+async def well(body):
+    if not body.get("stream"):
+        return JSONResponse({"choices": [{"index": 0, "text": "well", "finish_reason": "stop"}], "usage": {}})
+
+    async def pieces():
+        yield chunk("well", "stop")
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(pieces(), media_type="text/event-stream")
+
+
+async def broken(body):
+    return JSONResponse({"error": {"message": "boom"}}, 500)
+
+
+async def busy(body):
+    return JSONResponse({"error": {"message": "full"}}, 429, {"Retry-After": "7"})
+
+
+async def silent(body):
+    async def pieces():
+        if body.get("stream"):
+            yield ": nothing yet\n\n"
+        await asyncio.sleep(30)
+
+    return StreamingResponse(pieces(), media_type="text/event-stream")
+
+
+async def half(body):
+    async def pieces():
+        yield chunk("half ")
+        raise ConnectionResetError
+
+    return StreamingResponse(pieces(), media_type="text/event-stream")
+
+
+async def with_engines(answers, use, **settings):
+    """A manager over servers that answer in these ways, in this order of preference."""
+    async with asyncio.timeout(60):
+        manager = ControlPlaneManager(probe_every=0.05, strategy="round_robin", **settings)
+        await manager.start()
+        from contextlib import AsyncExitStack
+
+        async with AsyncExitStack() as stack:
+            for number, how in enumerate(answers):
+                port = await stack.enter_async_context(served(engine_that(how)))
+                manager.register_engine(f"e{number}", "m", "127.0.0.1", port)
+            for name in list(manager.members):
+                await manager.wait_until_ready(name)
+            found = await use(manager)
+            await manager.stop()
+            return found
+
+
+def call(stream=False, **more):
+    metadata = RequestMetadata(request_type=RequestType.LLM_GENERATE, model_name="m", max_tokens=4, **more)
+    return Call("/v1/completions", {"model": "m", "prompt": "x", "stream": stream}, metadata)
+
+
+async def answer(manager, stream=False, **more):
+    reply = await manager.submit(call(stream, **more))
+    return reply.status, (await reply.read()).decode(), dict(reply.headers)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("how", [broken, busy, silent])
+def test_a_request_without_output_goes_elsewhere(how, stream):
+    async def use(manager):
+        return [await answer(manager, stream, preferred_instance_id="e0") for _ in range(2)]
+
+    if how is silent and not stream:
+        pytest.skip("a whole answer may take its time: only its engine's health says that it is lost")
+    for status, text, headers in asyncio.run(with_engines([how, well], use, stall=0.3)):
+        assert (status, headers["x-sagellm-engine"]) == (200, "e1") and "well" in text
+
+
+def test_the_last_refusal_is_the_answer_with_its_retry_after():
+    async def use(manager):
+        return await answer(manager)
+
+    status, text, headers = asyncio.run(with_engines([busy, busy], use))
+    assert (status, headers["retry-after"]) == (429, "7") and "full" in text
+
+
+def test_a_stream_that_cannot_go_on_ends_with_an_error_and_not_with_an_end():
+    async def use(manager):
+        return await answer(manager, True, preferred_instance_id="e0")
+
+    status, text, _ = asyncio.run(with_engines([half, well], use))
+    assert status == 200 and "half " in text and "engine_lost" in text
+    assert "well" not in text and "[DONE]" not in text, "its tokens are not known, so no other can go on"
+
+
+def test_an_engine_that_fails_again_and_again_is_left_alone():
+    seen = []
+
+    async def counted(body):
+        seen.append(1)
+        return await broken(body)
+
+    async def use(manager):
+        for _ in range(20):
+            assert (await answer(manager))[0] == 200
+        return manager.fleet.row("e0")
+
+    asyncio.run(with_engines([counted, well], use))
+    assert len(seen) == FAILURES
+
+
+def test_retries_are_few_beside_requests():
+    """Whatever fails, each request adds a fifth of a retry, and ten are in hand."""
+    seen = []
+
+    async def counted(body):
+        seen.append(1)
+        return await busy(body)
+
+    async def use(manager):
+        for _ in range(100):
+            await answer(manager)
+
+    asyncio.run(with_engines([counted, counted, counted], use))
+    assert 100 < len(seen) <= 100 + 10 + 0.2 * 100
+
+
+def test_a_breaker_lets_one_try_after_its_pause():
+    breaker = Breaker()
+    for _ in range(FAILURES):
+        assert breaker.allows(0)
+        pause = breaker.failed(0)
+    assert pause == 1 and not breaker.allows(0.5) and breaker.allows(1)
+    breaker.sent()
+    assert not breaker.allows(1), "one alone tries"
+    assert breaker.failed(1) == 2 and not breaker.allows(2.9)
+    breaker.sent()
+    breaker.succeeded()
+    assert breaker.allows(0)
+
+
+def test_a_budget_of_retries_is_earned():
+    budget = RetryBudget(saved=1)
+    assert budget.take() and not budget.take()
+    for _ in range(5):
+        budget.earn()
+    assert budget.take() and not budget.take()
