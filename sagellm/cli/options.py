@@ -26,7 +26,11 @@ MODEL = (
     click.option("--model", "-m", help="Folder, hub name, or builtin.  [default: builtin]"),
     click.option("--draft-model", help="A smaller model of the same vocabulary, to guess tokens ahead."),
     click.option(
-        "--target", "--device", "--backend", "target", help="Backend to compile for; auto for the best.  [default: auto]"
+        "--target",
+        "--device",
+        "--backend",
+        "target",
+        help="Backend to compile for; auto for the best.  [default: auto]",
     ),
     click.option("--dtype", help="auto, float32, bfloat16 or float16.  [default: auto]"),
     click.option(

@@ -8,17 +8,18 @@ import random
 import threading
 import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic_core import from_json
 
 from sagellm.control_plane.endpoint import AppEndpoint, Endpoint, EngineLost, HttpEndpoint, Reply, events
-from sagellm.control_plane.face import endpoint_of
-from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.control_plane.remote import as_error, message_of
 from sagellm.engine.base import BaseInferenceEngine, Prompt
 from sagellm.errors import QueueFull, UserError
 from sagellm.ports import SagePorts
+
+if TYPE_CHECKING:
+    from sagellm.control_plane.manager import ControlPlaneManager
 
 URL = "SAGELLM_CONTROL_PLANE_URL"
 KEY = "SAGELLM_API_KEY"
@@ -85,6 +86,8 @@ class AsyncInferenceClient:
             await manager.start()
             endpoint: Endpoint = AppEndpoint(make_app(manager))
         elif engine is not None:
+            from sagellm.control_plane.face import endpoint_of
+
             endpoint = endpoint_of(engine)
         else:
             url = (

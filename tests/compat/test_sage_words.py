@@ -1,0 +1,143 @@
+"""The mission's own words, as its pages write them; the model is the built-in one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "compat" / "sage-llm" / "src"
+
+
+def environment(**more):
+    paths = [str(SOURCES), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+
+
+def python(text, **more):
+    return subprocess.run(
+        [sys.executable, "-c", text], env=environment(**more), capture_output=True, text=True, timeout=300
+    )
+
+
+def sage(*words, **more):
+    code = "from sage_llm.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=environment(**more), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextmanager
+def gateway(folder, *words):
+    """A control plane on a port of its own, which everyone who asks for the default finds."""
+    env = environment(SAGELLM_PORT_GATEWAY=str(free_port()), SAGELLM_STATE=str(folder))
+    command = [sys.executable, "-m", "sagellm", "gateway", *words]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=folder)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line.startswith("ready:"), line + process.stderr.read()
+        yield {name: env[name] for name in ("SAGELLM_PORT_GATEWAY", "SAGELLM_STATE")}
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) in (0, -signal.SIGTERM)
+
+
+def test_the_snippets_of_the_mission(tmp_path):
+    """An engine is started by the command, and a client that is told nothing asks it through the control plane."""
+    with gateway(tmp_path) as env:
+        started = sage(
+            "llm", "engine", "start", "builtin", "--engine-kind", "sagellm", "--device", "cpu",
+            "--label", "zone=a", "--extra=--core", "--extra=inline", **env,
+        )  # fmt: skip
+        assert started.returncode == 0, started.stderr
+        assert "sagellm-1 is ready" in started.stdout
+        asked = python(
+            "from sage.llm import UnifiedInferenceClient\n"
+            "client = UnifiedInferenceClient.create()\n"
+            'print(client.chat([{"role": "user", "content": "你好"}])["choices"][0]["message"])\n',
+            **env,
+        )
+        assert asked.returncode == 0, asked.stderr
+        assert "'role': 'assistant'" in asked.stdout
+        inferred = sage("infer", "你好", "-n", "8", **env)
+        assert inferred.returncode == 0 and inferred.stdout.strip(), inferred.stderr
+        listed = sage("llm", "engine", "list", **env)
+        assert "sagellm-1" in listed.stdout and "ready" in listed.stdout
+        assert "sagellm-1.log" in [path.name for path in (tmp_path / "logs").iterdir()]
+        assert "ready: builtin" in sage("llm", "engine", "logs", "sagellm-1", **env).stdout
+        began = time.monotonic()
+        stopped = sage("llm", "engine", "stop", "sagellm-1", **env)
+        assert stopped.stdout == "sagellm-1 is stopped\n" and time.monotonic() - began < 60
+        assert "sagellm-1" not in sage("llm", "engine", "list", **env).stdout
+
+
+def test_a_manager_and_an_engine_by_the_names_of_sage():
+    found = python(
+        "from sage.llm.control_plane import ControlPlaneManager\n"
+        "from sage.llm.engines.sagellm import SageLLMEngine\n"
+        "manager = ControlPlaneManager()\n"
+        'info = manager.register_engine("sagellm", SageLLMEngine(model="builtin", device="cpu"))\n'
+        "print(info.engine_id, info.model_id, info.engine_kind)\n"
+    )
+    assert found.stdout == "sagellm builtin sagellm\n", found.stderr
+
+
+def test_a_chip_without_fp8_says_what_it_can_do():
+    found = python(
+        "from sage.llm.engines.sagellm import SageLLMEngine\n"
+        "from sagellm.errors import UserError\n"
+        "try:\n"
+        '    SageLLMEngine(model="builtin", device="ascend", kv_schema="fp8")\n'
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    assert len(found.stdout.splitlines()) == 1, found.stderr
+
+
+@pytest.mark.parametrize(
+    "words, status, said",
+    [
+        (["llm", "nonsense"], 2, "Usage: sage llm"),
+        (["nonsense"], 2, "unknown command 'nonsense'; accepted: llm, infer"),
+        (["llm", "--help"], 0, "sage llm engine start MODEL"),
+    ],
+)
+def test_other_words(words, status, said):
+    found = sage(*words)
+    assert found.returncode == status and said in found.stdout + found.stderr
+
+
+def test_other_words_go_to_an_installed_sage(tmp_path):
+    """A distribution `isage` with a command `sage` and a package `sage.flow` keeps both."""
+    (tmp_path / "sage" / "flow").mkdir(parents=True)
+    (tmp_path / "sage" / "flow" / "__init__.py").write_text("HERE = 1\n")
+    (tmp_path / "isage_cli.py").write_text("import sys\ndef main(): print('theirs', *sys.argv[1:])\n")
+    info = tmp_path / "isage-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: isage\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[console_scripts]\nsage = isage_cli:main\n")
+    both = os.pathsep.join([str(tmp_path), str(SOURCES), str(ROOT)])
+    found = sage("studio", "start", PYTHONPATH=both)
+    assert found.stdout == "theirs studio start\n", found.stderr
+    found = python("import sage.flow, sage.llm; print(sage.flow.HERE, sage.llm.__name__)", PYTHONPATH=both)
+    assert found.stdout == "1 sage.llm\n", found.stderr
+
+
+def test_without_a_control_plane_the_client_says_how_to_get_one():
+    found = sage("infer", "hello", SAGELLM_PORT_GATEWAY=str(free_port()))
+    assert found.returncode == 2 and "sagellm gateway" in found.stderr and len(found.stderr.splitlines()) == 1
