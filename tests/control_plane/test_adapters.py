@@ -4,7 +4,7 @@ import asyncio
 import json
 import stat
 import sys
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,10 @@ from sagellm.batch import SamplingParams
 from sagellm.control_plane.adapters import ADAPTERS, adapter
 from sagellm.control_plane.adapters.base import EngineOptions
 from sagellm.control_plane.adapters.vllm import VLLMBackendAdapter
+from sagellm.control_plane.client import AsyncInferenceClient
 from sagellm.control_plane.endpoint import EngineLost
 from sagellm.control_plane.launch import LocalLauncher
+from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.engine.base import EngineState, GenerateRequest
 from sagellm.errors import UserError
 
@@ -327,3 +329,32 @@ def test_a_vllm_model_that_makes_vectors_is_asked_for_nothing_else():
         return here.FEATURES
 
     assert asyncio.run(use()) == {"embeddings", "token_ids"}
+
+
+def test_a_request_goes_to_the_engine_that_honours_its_fields():
+    async def use(ports):
+        manager = ControlPlaneManager(probe_every=0.05)
+        await manager.start()
+        for kind, port in ports.items():
+            manager.register_engine(kind, "some-model", "127.0.0.1", port, engine_kind=kind)
+            await manager.wait_until_ready(kind)
+        async with await AsyncInferenceClient.create(manager=manager) as client:
+
+            async def chosen(**how):
+                answer = await client.generate("abc", max_tokens=4, **how)
+                assert answer["choices"][0]["text"] == "abca"
+                return manager.router.decisions[-1].chosen
+
+            assert {await chosen() for _ in range(4)} <= set(ports)
+            assert await chosen(seed=1) == "lmdeploy"
+            assert await chosen(frequency_penalty=0.5) == "chitu"
+            with pytest.raises(UserError, match="stop"):
+                await chosen(stop="x")
+        await manager.stop(0)
+
+    with ExitStack() as stack:
+        addresses = {
+            kind: stack.enter_context(servers.running(make(servers.Engine("some-model"))))
+            for kind, make in KINDS.items()
+        }
+        asyncio.run(use({kind: int(address.rpartition(":")[2]) for kind, address in addresses.items()}))
