@@ -23,6 +23,14 @@ WANTED = """
 import json, importlib.metadata as m
 print(json.dumps(m.requires("vllm-cpu")))
 """
+NAMED = """
+import pathlib, vllm, importlib.metadata as m
+version = m.version("vllm-cpu") + "+cpu"
+found = pathlib.Path(vllm.__path__[0]).parent / f"vllm-{version}.dist-info"
+found.mkdir(exist_ok=True)
+(found / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: vllm\\nVersion: {version}\\n")
+"""
+"""The wheel's own `vllm` program ends at once where there is no package of that name."""
 TRY = """
 import vllm
 from vllm.platforms import current_platform as here
@@ -58,6 +66,7 @@ def main(folder: Path, version: str, torch_index: str) -> None:
         if one.name not in LEFT_OUT and (one.marker is None or one.marker.evaluate({"extra": ""}))
     ]
     run("-m", "pip", "install", *index, *needed)
+    run("-c", NAMED)
     click.echo(f"vLLM {run('-c', TRY).splitlines()[-1]}")
     click.echo(f"{folder}/bin/vllm serve MODEL --port 8001   # VLLM_CPU_KVCACHE_SPACE=1: GiB of its KV cache")
 

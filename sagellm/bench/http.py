@@ -1,4 +1,7 @@
-"""What HTTP costs: the same streams through a server and from an engine in this process, in turns."""
+"""What HTTP costs: the same streams through a server and from an engine in this process, in turns.
+
+Another server of OpenAI's API may be beside them; which model it has, and what it computes, is its own affair.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -88,29 +92,47 @@ def in_process(engine: SageLLMEngine, arrivals: Sequence[Arrival]) -> float:
     return sum(len(one.times) for one in run.served) / run.seconds
 
 
+def served_at(address: str) -> str:
+    """The model that a server has; the first where it has several."""
+    try:
+        with urllib.request.urlopen(f"{address}/v1/models", timeout=10) as answer:
+            return json.load(answer)["data"][0]["id"]
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"beside is {address!r}: {error}; accepted: a server of OpenAI's API") from None
+
+
 def compare(
-    config: EngineConfig, streams: int, prompt: tuple[int, int], output: tuple[int, int], pairs: int
+    config: EngineConfig,
+    streams: int,
+    prompt: tuple[int, int],
+    output: tuple[int, int],
+    pairs: int,
+    beside: str | None = None,
 ) -> dict[str, float]:
-    """Medians of tokens a second, and of the ratio within a pair; both sides get fresh prompts, the same ones."""
-    ours, theirs = [], []
+    """Medians of tokens a second, and of ratios within a pair; all sides get fresh prompts, the same ones.
+
+    `beside` is another server's address: ours over it is `to_beside`.
+    """
+    rates: dict[str, list[float]] = {"engine": [], "server": []} | ({"beside": []} if beside else {})
+    other = served_at(beside) if beside else ""
     with server(config) as (model, address), SageLLMEngine(config=config) as engine:
+        run: dict[str, Callable[[Sequence[Arrival]], float]] = {
+            "server": lambda some: through_http(address, model, some),
+            "engine": lambda some: in_process(engine, some),
+            "beside": lambda some: through_http(str(beside), other, some),
+        }
         for pair in range(pairs + 1):
             arrivals = uniform(streams, 0, prompt, output, engine.vocab_size, seed=pair)
-            turns = [
-                (ours, lambda some=arrivals: through_http(address, model, some)),
-                (theirs, lambda some=arrivals: in_process(engine, some)),
-            ]
-            for made, run in turns if pair % 2 else reversed(turns):
-                rate = run()
+            for name in list(rates)[:: -1 if pair % 2 else 1]:
+                rate = run[name](arrivals)
                 if pair:  # the first compiles and warms up
-                    made.append(rate)
-    ratios = [a / b for a, b in zip(ours, theirs)]
-    return {
-        "streams": streams,
-        "pairs": pairs,
-        "server_tokens_per_s": statistics.median(ours),
-        "engine_tokens_per_s": statistics.median(theirs),
-        "ratio": statistics.median(ratios),
-        "least": min(ratios),
-        "most": max(ratios),
-    }
+                    rates[name].append(rate)
+
+    def ratio(name: str, label: str) -> dict[str, float]:
+        found = [ours / theirs for ours, theirs in zip(rates["server"], rates[name])]
+        least, most = (f"{label}_least", f"{label}_most") if label != "ratio" else ("least", "most")
+        return {label: statistics.median(found), least: min(found), most: max(found)}
+
+    measured = {f"{name}_tokens_per_s": statistics.median(found) for name, found in rates.items()}
+    measured = {"streams": streams, "pairs": pairs} | measured | ratio("engine", "ratio")
+    return measured | (ratio("beside", "to_beside") if beside else {})

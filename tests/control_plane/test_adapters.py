@@ -4,17 +4,21 @@ import asyncio
 import json
 import stat
 import sys
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 import servers
+from recording import Replay, drive, reply_of
 
 from sagellm.batch import SamplingParams
 from sagellm.control_plane.adapters import ADAPTERS, adapter
 from sagellm.control_plane.adapters.base import EngineOptions
+from sagellm.control_plane.adapters.vllm import VLLMBackendAdapter
+from sagellm.control_plane.client import AsyncInferenceClient
 from sagellm.control_plane.endpoint import EngineLost
 from sagellm.control_plane.launch import LocalLauncher
+from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.engine.base import EngineState, GenerateRequest
 from sagellm.errors import UserError
 
@@ -197,7 +201,7 @@ COMMANDS = {
     "vllm": (
         {"model": "/m", "served_model_name": "m", "kv_schema": "fp8", "pipeline_parallel": 2, "device": "cuda:1"},
         "vllm serve /m --host 127.0.0.1 --port 8001 --served-model-name m --kv-cache-dtype fp8 "
-        "--pipeline-parallel-size 2",
+        "--pipeline-parallel-size 2 --enable-prompt-tokens-details",
         {"CUDA_VISIBLE_DEVICES": "1"},
     ),
     "lmdeploy": (
@@ -284,3 +288,73 @@ def test_an_engine_that_is_not_installed_says_what_to_do(kind, tmp_path, monkeyp
 
     with pytest.raises(UserError, match=f"^'/nowhere/there' was not found; .*SAGELLM_PROGRAM_{kind.upper()}"):
         asyncio.run(use())
+
+
+def test_vllm_is_understood_as_it_was_recorded():
+    """Version 0.32.0, with the built-in model of sageLLM."""
+    found = asyncio.run(drive(VLLMBackendAdapter(Replay("vllm"))))
+    assert (found["health"].ready, found["model"], found["longest"]) == (True, "builtin", 2048)
+    text = found["text"]
+    assert (text.text, text.finish_reason, text.prompt_tokens) == (", there was a kind boy", "length", 4)
+    events = found["stream"]
+    assert "".join(event.text for event in events) == text.text and events[-1].finish_reason == "length"
+    assert [token for event in events for token in event.ids] == text.token_ids
+    assert [event.index for event in events] == list(range(6))
+    assert {event.sample for event in found["two"]} == {0, 1}
+    assert found["ids"].prompt_tokens == 3
+    assert (found["stop"].text, found["stop"].outputs[0].stopped_by) == (",", " ")
+    assert found["regex"].text == "aaa"
+    assert found["guided"][1]["choices"][0]["text"] in ("yes", "no")
+    assert found["unknown model"][0] == 404 and "nobody" in found["unknown model"][1]["error"]["message"]
+    assert found["too long"].startswith("400: max_tokens=1000000 cannot be greater than max_model_len=2048")
+    load = found["load"]
+    assert (load.running, load.waiting, load.kv_use, load.reused) == (0, 0, 0.0, 0)
+    assert load.generated == 45 and load.prompt == 41
+
+
+def test_a_vllm_model_that_makes_vectors_is_asked_for_nothing_else():
+    class Pooling(Replay):
+        async def send(self, method, path, body=None, headers=None, timeout=None):
+            if path == "/v1/embeddings":
+                return reply_of(
+                    {"status": 400, "type": "application/json", "answer": {"error": {"message": ""}}}
+                )
+            return await super().send(method, path, body, headers, timeout)
+
+    async def use():
+        here = VLLMBackendAdapter(Pooling("vllm"))
+        await here.start()
+        with pytest.raises(UserError, match=r"^pooling is 'cls' for vLLM; accepted: the model's own$"):
+            await here.embed(["a"], pooling="cls")
+        return here.FEATURES
+
+    assert asyncio.run(use()) == {"embeddings", "token_ids"}
+
+
+def test_a_request_goes_to_the_engine_that_honours_its_fields():
+    async def use(ports):
+        manager = ControlPlaneManager(probe_every=0.05)
+        await manager.start()
+        for kind, port in ports.items():
+            manager.register_engine(kind, "some-model", "127.0.0.1", port, engine_kind=kind)
+            await manager.wait_until_ready(kind)
+        async with await AsyncInferenceClient.create(manager=manager) as client:
+
+            async def chosen(**how):
+                answer = await client.generate("abc", max_tokens=4, **how)
+                assert answer["choices"][0]["text"] == "abca"
+                return manager.router.decisions[-1].chosen
+
+            assert {await chosen() for _ in range(4)} <= set(ports)
+            assert await chosen(seed=1) == "lmdeploy"
+            assert await chosen(frequency_penalty=0.5) == "chitu"
+            with pytest.raises(UserError, match="stop"):
+                await chosen(stop="x")
+        await manager.stop(0)
+
+    with ExitStack() as stack:
+        addresses = {
+            kind: stack.enter_context(servers.running(make(servers.Engine("some-model"))))
+            for kind, make in KINDS.items()
+        }
+        asyncio.run(use({kind: int(address.rpartition(":")[2]) for kind, address in addresses.items()}))

@@ -12,6 +12,7 @@ from sagellm.control_plane.adapters.dialect import Dialect
 from sagellm.control_plane.adapters.programs import flags, program, visible
 from sagellm.control_plane.endpoint import Reply
 from sagellm.control_plane.features import ALL
+from sagellm.control_plane.remote import PROBE_SECONDS
 from sagellm.engine.base import Prompt
 from sagellm.errors import UserError, unknown
 
@@ -65,17 +66,19 @@ class VLLMBackendAdapter(ServerAdapter):
             "--max-num-seqs": options.max_concurrent,
             "--max-model-len": options.max_model_len,
         }
-        return [program(cls.KIND, "vllm"), "serve", options.model, *flags(given), *options.extra]
+        start = [program(cls.KIND, "vllm"), "serve", options.model]
+        return [*start, *flags(given), "--enable-prompt-tokens-details", *options.extra]
 
     @classmethod
     def environment(cls, options: EngineOptions):
         return visible(options.device, ("cuda", "cpu"))
 
     async def discover(self) -> None:
-        """Its version, and by its routes whether the model generates or makes vectors."""
+        """A server has the route for vectors only where its model makes them, and then it generates nothing."""
         await super().discover()
-        routes = (await self._get("/openapi.json") or {}).get("paths", {})
-        if "/v1/embeddings" in routes:
+        reply = await self.endpoint.send("POST", "/v1/embeddings", {}, timeout=PROBE_SECONDS)
+        await reply.aclose()
+        if reply.status != 404:
             self.FEATURES = frozenset({"embeddings", "token_ids"})
 
     async def embed(
