@@ -25,8 +25,6 @@ SLACK, TIMES = 4, 1.5
 least busy one."""
 PROMPT_TOKEN, NEXT_TOKEN = 1e-4, 0.02
 """Seconds that are assumed as long as no engine was seen."""
-KV_FULL = 0.9
-"""Part of the KV cache from which on sequences are soon put back."""
 NO_PARTS: Mapping[str, np.ndarray] = {}
 
 
@@ -45,63 +43,67 @@ class Candidates:
 
     def __init__(self, fleet: Fleet, request: Ask, able: np.ndarray):
         self.fleet, self.request, self.able = fleet, request, able
-        self.rows = fleet.rows
-
-    @cached_property
-    def busy(self) -> np.ndarray:
-        """Requests there, from here and from elsewhere."""
-        return self.rows["active"] + self.rows["others"]
+        self.columns = fleet.columns
 
     @cached_property
     def load(self) -> np.ndarray:
         """Requests; a full KV cache, or prompts still to be computed, count as some more."""
-        return self.busy + self.rows["kv_use"] + self.rows["ahead"] / TOKENS_PER_REQUEST
+        c = self.columns
+        return c.active + c.others + c.kv_use + c.ahead * (1 / TOKENS_PER_REQUEST)
 
     @cached_property
     def cached(self) -> np.ndarray:
         """Prompt tokens that are taken to be in the cache."""
-        depth = self.fleet.prefixes.match(self.request.chunks, len(self.rows))
+        depth = self.fleet.prefixes.match(self.request.chunks, len(self.columns))
         return np.minimum(depth * self.fleet.chunk_tokens, self.request.prompt_tokens - 1)
 
     @cached_property
     def guessed(self) -> np.ndarray:
         """bool: nothing was seen of its speed yet, so it is taken to be as fast as the fastest."""
-        return ~(self.rows["ttft_known"] & self.rows["tpot_known"])
+        return ~(self.columns.ttft_known & self.columns.tpot_known)
 
     @cached_property
     def prompt_token(self) -> np.ndarray:
         """Seconds for each prompt token."""
-        return self._or_fastest("ttft_token", "ttft_known", PROMPT_TOKEN)
+        c = self.columns
+        if not self.fleet.unseen["ttft"]:
+            return c.ttft_token
+        return self._or_fastest(c.ttft_token, c.ttft_known, PROMPT_TOKEN)
 
     @cached_property
     def tpot(self) -> np.ndarray:
         """Seconds to each next token, with this request there."""
-        rows = self.rows
-        start = self._or_fastest("tpot_start", "tpot_known", NEXT_TOKEN)
-        return start + rows["tpot_request"] * (self.busy + 1)
+        c = self.columns
+        start = c.tpot_start
+        if self.fleet.unseen["tpot"]:
+            start = self._or_fastest(start, c.tpot_known, NEXT_TOKEN)
+        return start + c.tpot_request * (c.active + c.others + 1)
 
-    def _or_fastest(self, name: str, known: str, default: float) -> np.ndarray:
-        seen = self.rows[known]
-        fastest = float(np.min(self.rows[name], where=seen & self.able, initial=np.inf))
-        return np.where(seen, self.rows[name], default if fastest == np.inf else fastest)
+    def _or_fastest(self, seconds: np.ndarray, known: np.ndarray, default: float) -> np.ndarray:
+        fastest = float(np.min(seconds, where=known & self.able, initial=np.inf))
+        return np.where(known, seconds, default if fastest == np.inf else fastest)
+
+    @cached_property
+    def tokens(self) -> float:
+        """That the output is expected to have."""
+        return self.fleet.output_of(self.request)
 
     @cached_property
     def output(self) -> np.ndarray:
         """Seconds for the output after its first token."""
-        return self.tpot * self.fleet.output_of(self.request)
+        return self.tpot * self.tokens
 
     @cached_property
     def waiting(self) -> np.ndarray:
         """Seconds until its prompt's turn: those before it, or as long as the queue that the engine reports takes to
         shrink, one request for each that ends."""
-        rows = self.rows
-        queue = rows["waiting"] * self.output / np.maximum(rows["running"], 1)
-        return np.maximum(rows["ahead"] * self.prompt_token, queue)
+        c = self.columns
+        return np.maximum(c.ahead * self.prompt_token, c.queue * self.output)
 
     @cached_property
     def prompt(self) -> np.ndarray:
         """Seconds for the tokens of the prompt that are not cached."""
-        return self.rows["ttft_start"] + (self.request.prompt_tokens - self.cached) * self.prompt_token
+        return self.columns.ttft_start + (self.request.prompt_tokens - self.cached) * self.prompt_token
 
     @cached_property
     def ttft(self) -> np.ndarray:
@@ -110,8 +112,7 @@ class Candidates:
     @cached_property
     def price(self) -> np.ndarray:
         """Of prompt and output; 0 where the engine has no price."""
-        cost = np.nan_to_num(self.rows["cost"])
-        return cost * (self.request.prompt_tokens + self.fleet.output_of(self.request))
+        return self.columns.cost * (self.request.prompt_tokens + self.tokens)
 
 
 class Score(NamedTuple):
@@ -150,7 +151,7 @@ class PrefixAffinity:
     name = "prefix_affinity"
 
     def score(self, seen: Candidates) -> Score:
-        least = np.min(seen.load, where=seen.able, initial=np.inf)
+        least = np.minimum.reduce(seen.load[seen.able])
         much_busier = seen.load > TIMES * least + SLACK
         parts = {"cached_tokens": seen.cached, "load": seen.load, "much_busier": much_busier}
         return Score((much_busier, -seen.cached, seen.load), parts)
@@ -164,7 +165,7 @@ class SLO:
 
     def score(self, seen: Candidates) -> Score:
         request = seen.request
-        late = np.zeros(len(seen.rows), np.bool_)
+        late = np.zeros(len(seen.able), np.bool_)
         if request.deadline_ms is not None:
             late |= seen.ttft * 1e3 > request.deadline_ms
         if request.tbt_ms is not None:
@@ -186,7 +187,7 @@ class HardwareFirst:
     name = "hardware_first"
 
     def score(self, seen: Candidates) -> Score:
-        hardware = seen.rows["hardware"].copy()
+        hardware = seen.columns.hardware.copy()
         return Score((hardware, seen.load), {"hardware": hardware, "load": seen.load})
 
 
@@ -200,11 +201,11 @@ class Composite:
         self.weights = weights
 
     def score(self, seen: Candidates) -> Score:
-        rows, weights = seen.rows, self.weights
+        c, weights = seen.columns, self.weights
         # a cache that is nearly full puts sequences back: up to the output's time once more
-        crowded = np.clip((rows["kv_use"] - KV_FULL) / (1 - KV_FULL), 0, 1) * seen.output
-        hardware, price = weights.hardware * rows["hardware"], weights.price * seen.price
-        cost = seen.ttft + seen.output + crowded + hardware + price
+        crowded = c.crowded * seen.output
+        hardware, price = weights.hardware * c.hardware, weights.price * seen.price
+        cost = seen.waiting + seen.prompt + seen.output + crowded + hardware + price
         parts = {
             "cost_s": cost,
             "waiting_s": seen.waiting,
