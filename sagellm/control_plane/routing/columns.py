@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 DTYPES = {
-    "live": np.bool_, "accepting": np.bool_, "ttft_known": np.bool_, "tpot_known": np.bool_,
-    "model": np.int64, "features": np.int64, "turn": np.int64,
+    "live": np.bool_, "accepting": np.bool_, "model": np.int64, "kind": np.int64,
+    "features": np.int64, "turn": np.int64,
 }  # fmt: skip
 """Others are float64, so that no product converts."""
 
@@ -39,16 +39,12 @@ class Columns:
     kv_use: np.ndarray
     crowded: np.ndarray
     """From 0 to 1, how far the KV cache is beyond KV_FULL."""
-    ttft_known: np.ndarray
-    ttft_start: np.ndarray
-    """Seconds to a first token, beside ..."""
-    ttft_token: np.ndarray
-    """... those for each prompt token up to it."""
-    tpot_known: np.ndarray
-    tpot_start: np.ndarray
-    """Seconds to a next token, beside ..."""
-    tpot_request: np.ndarray
-    """... those for each request there."""
+    kind: np.ndarray
+    """Index into `Speeds`."""
+    ttft_factor: np.ndarray
+    """How much slower it is than its kind, to a first token ..."""
+    tpot_factor: np.ndarray
+    """... and to each next one."""
     turn: np.ndarray
     """Number of the decision that chose it last."""
 

@@ -114,7 +114,7 @@ class Decision:
         if "hardware" in shown:
             shown["hardware"] = HARDWARE[int(shown["hardware"])]
         if shown.get("guessed"):
-            shown["guessed"] = "its speed is not known: taken to be that of the fastest"
+            shown["guessed"] = "nothing was seen of its kind: taken to be as fast as the fastest"
         return shown
 
     def _reasons(self, row: int, reasons: np.ndarray) -> list[str]:

@@ -13,7 +13,7 @@ from attrs import define, field, frozen
 from sagellm.control_plane.features import ROUTES
 from sagellm.control_plane.routing.ask import KINDS, Ask
 from sagellm.control_plane.routing.columns import Columns
-from sagellm.control_plane.routing.learned import Line, Mean
+from sagellm.control_plane.routing.learned import ALIKE, Mean, Speeds
 from sagellm.control_plane.routing.prefixes import CHUNK, PrefixTable
 from sagellm.engine.stats import EngineLoad
 from sagellm.errors import UserError, unknown
@@ -68,8 +68,8 @@ class Engine:
     cost_per_token: float | None
     labels: Mapping[str, str]
     ranks: int
-    ttft: Line = field(factory=lambda: Line(flat=False))
-    tpot: Line = field(factory=lambda: Line(flat=True))
+    ttft: Mean = field(factory=lambda: Mean(1.0, ALIKE))
+    tpot: Mean = field(factory=lambda: Mean(1.0, ALIKE))
     flights: dict[str, Flight] = field(factory=dict)
 
 
@@ -124,8 +124,7 @@ class Fleet:
         self.engines: list[Engine | None] = []
         self.models: Counter[str] = Counter()
         self.columns = Columns()
-        self.unseen = {"ttft": 0, "tpot": 0}
-        """Engines whose speed is not known."""
+        self.speeds = Speeds()
         self._row: dict[str, int] = {}
         self._spare: list[int] = []
         self._model: dict[str, int] = {}
@@ -201,11 +200,11 @@ class Fleet:
         c.max_concurrent[row] = np.inf if max_concurrent is None else max_concurrent
         c.hardware[row] = hardware_class(kind, device)
         c.cost[row] = cost_per_token or 0.0
+        c.kind[row] = self.speeds.kind((model_id, kind, device, ranks))
+        c.ttft_factor[row] = c.tpot_factor[row] = 1.0
         for label in tags.items():
             self._labelled.setdefault(label, set()).add(row)
         self.models[model_id] += 1
-        self.unseen["ttft"] += 1
-        self.unseen["tpot"] += 1
         self._standing.clear()
         self.prefixes.bound(row, None if kv_tokens is None else max(1, kv_tokens // self.chunk_tokens))
         return row
@@ -214,8 +213,6 @@ class Fleet:
         """What is reported later of requests it had is left aside."""
         row = self.row(engine_id)
         engine = self._engine(row)
-        self.unseen["ttft"] -= not self.columns.ttft_known[row]
-        self.unseen["tpot"] -= not self.columns.tpot_known[row]
         del self._row[engine_id]
         self.engines[row] = None
         self.columns.clear(row)
@@ -293,11 +290,10 @@ class Fleet:
         if flight is None or flight.first:
             return
         flight.first = True
-        line, c = self._engine(row).ttft, self.columns
-        line.add(flight.before + flight.computed, seconds)
+        factor, c = self._engine(row).ttft, self.columns
         c.ahead[row] -= flight.computed
-        self.unseen["ttft"] -= not c.ttft_known[row]
-        c.ttft_known[row], c.ttft_start[row], c.ttft_token[row] = True, line.start, line.slope
+        factor.add(self.speeds.first(int(c.kind[row]), flight.before + flight.computed, seconds))
+        c.ttft_factor[row] = factor.value
 
     def finished(
         self, engine_id: str, request: Ask, generated: int, seconds_per_token: float | None = None
@@ -310,10 +306,9 @@ class Fleet:
         engine, c = self._engine(row), self.columns
         self._output.setdefault(engine.model_id, Mean()).add(generated)
         if seconds_per_token is not None:
-            line = engine.tpot
-            line.add((flight.beside + c.active[row] + 1) / 2, seconds_per_token)
-            self.unseen["tpot"] -= not c.tpot_known[row]
-            c.tpot_known[row], c.tpot_start[row], c.tpot_request[row] = True, line.start, line.slope
+            beside = (flight.beside + c.active[row] + 1) / 2
+            engine.tpot.add(self.speeds.each(int(c.kind[row]), beside, seconds_per_token))
+            c.tpot_factor[row] = engine.tpot.value
 
     def failed(self, engine_id: str, request: Ask) -> None:
         """It ended without an answer: nothing is learned from it."""

@@ -23,8 +23,6 @@ TOKENS_PER_REQUEST = 2048
 SLACK, TIMES = 4, 1.5
 """The engine with the longest beginning is passed over where it has more than 4 requests beyond 1.5 times those of the
 least busy one."""
-PROMPT_TOKEN, NEXT_TOKEN = 1e-4, 0.02
-"""Seconds that are assumed as long as no engine was seen."""
 NO_PARTS: Mapping[str, np.ndarray] = {}
 
 
@@ -32,6 +30,9 @@ NO_PARTS: Mapping[str, np.ndarray] = {}
 class Weights:
     """What `composite` adds to the predicted seconds."""
 
+    others: float = field(default=1.0, validator=checks.number(0))
+    """Seconds for each that one of the requests there is held up while the prompt is computed: at 1 the cost is that of
+    all requests together, and what is cached counts for more where much is going on."""
     hardware: float = field(default=0.05, validator=checks.number(0))
     """Seconds for each step down the order of `fleet.HARDWARE`."""
     price: float = field(default=100.0, validator=checks.number(0))
@@ -59,29 +60,21 @@ class Candidates:
 
     @cached_property
     def guessed(self) -> np.ndarray:
-        """bool: nothing was seen of its speed yet, so it is taken to be as fast as the fastest."""
-        return ~(self.columns.ttft_known & self.columns.tpot_known)
+        """bool: nothing was seen of engines of its kind, so it is taken to be as fast as the fastest."""
+        return ~self.fleet.speeds.known.all(axis=0)[self.columns.kind]
 
     @cached_property
     def prompt_token(self) -> np.ndarray:
         """Seconds for each prompt token."""
         c = self.columns
-        if not self.fleet.unseen["ttft"]:
-            return c.ttft_token
-        return self._or_fastest(c.ttft_token, c.ttft_known, PROMPT_TOKEN)
+        return self.fleet.speeds.token[c.kind] * c.ttft_factor
 
     @cached_property
     def tpot(self) -> np.ndarray:
         """Seconds to each next token, with this request there."""
-        c = self.columns
-        start = c.tpot_start
-        if self.fleet.unseen["tpot"]:
-            start = self._or_fastest(start, c.tpot_known, NEXT_TOKEN)
-        return start + c.tpot_request * (c.active + c.others + 1)
-
-    def _or_fastest(self, seconds: np.ndarray, known: np.ndarray, default: float) -> np.ndarray:
-        fastest = float(np.min(seconds, where=known & self.able, initial=np.inf))
-        return np.where(known, seconds, default if fastest == np.inf else fastest)
+        c, speeds = self.columns, self.fleet.speeds
+        beside = c.active + c.others + 1
+        return (speeds.next[c.kind] + speeds.request[c.kind] * beside) * c.tpot_factor
 
     @cached_property
     def tokens(self) -> float:
@@ -101,9 +94,14 @@ class Candidates:
         return np.maximum(c.ahead * self.prompt_token, c.queue * self.output)
 
     @cached_property
+    def computing(self) -> np.ndarray:
+        """Seconds that the tokens of the prompt take which are not cached."""
+        return (self.request.prompt_tokens - self.cached) * self.prompt_token
+
+    @cached_property
     def prompt(self) -> np.ndarray:
-        """Seconds for the tokens of the prompt that are not cached."""
-        return self.columns.ttft_start + (self.request.prompt_tokens - self.cached) * self.prompt_token
+        """Seconds from its turn to its first token."""
+        return self.fleet.speeds.start[self.columns.kind] * self.columns.ttft_factor + self.computing
 
     @cached_property
     def ttft(self) -> np.ndarray:
@@ -177,8 +175,9 @@ class SLO:
             "price": seen.price,
             "load": seen.load,
         }
-        keys = (late, np.where(late, seen.ttft, 0.0), seen.price, seen.load)
-        return Score(keys, parts | {"guessed": seen.guessed})
+        if seen.fleet.speeds.unseen:
+            parts["guessed"] = seen.guessed
+        return Score((late, np.where(late, seen.ttft, 0.0), seen.price, seen.load), parts)
 
 
 class HardwareFirst:
@@ -192,8 +191,8 @@ class HardwareFirst:
 
 
 class Composite:
-    """The least predicted cost in seconds: waiting, the prompt that is not cached, the output, and what hardware and
-    price add."""
+    """The least predicted cost in seconds: waiting, the prompt that is not cached, the output, the others there that
+    are held up, and what hardware and price add."""
 
     name = "composite"
 
@@ -205,18 +204,21 @@ class Composite:
         # a cache that is nearly full puts sequences back: up to the output's time once more
         crowded = c.crowded * seen.output
         hardware, price = weights.hardware * c.hardware, weights.price * seen.price
-        cost = seen.waiting + seen.prompt + seen.output + crowded + hardware + price
+        held_up = weights.others * seen.computing * c.active
+        cost = seen.waiting + seen.prompt + seen.output + held_up + crowded + hardware + price
         parts = {
             "cost_s": cost,
             "waiting_s": seen.waiting,
             "prompt_s": seen.prompt,
             "output_s": seen.output,
+            "others_s": held_up,
             "crowded_s": crowded,
             "hardware_s": hardware,
             "price_s": price,
             "cached_tokens": seen.cached,
-            "guessed": seen.guessed,
         }
+        if seen.fleet.speeds.unseen:
+            parts["guessed"] = seen.guessed
         return Score((cost,), parts)
 
 
