@@ -82,7 +82,7 @@ class Speeds:
         self.known = np.zeros((2, 0), np.bool_)
         """Whether the first token, and whether the time between two, was seen."""
         self.unseen = 0
-        self.start, self.token, self.next, self.request = np.zeros((4, 0))
+        self.table = np.zeros((4, 0))
         """Seconds to a first token, beside those for each prompt token up to it; seconds to a next token, beside those
         for each request there."""
 
@@ -93,9 +93,7 @@ class Speeds:
             self._ttft.append(Line(flat=False))
             self._tpot.append(Line(flat=True))
             self.known = np.concatenate([self.known, np.zeros((2, 1), np.bool_)], axis=1)
-            self.start, self.token, self.next, self.request = (
-                np.append(column, 0.0) for column in (self.start, self.token, self.next, self.request)
-            )
+            self.table = np.concatenate([self.table, np.zeros((4, 1))], axis=1)
             self._guess()
         return self._kinds[of]
 
@@ -104,7 +102,7 @@ class Speeds:
         line = self._ttft[kind]
         expected = line.at(tokens) if self.known[0, kind] else seconds
         line.add(tokens, seconds)
-        self.start[kind], self.token[kind] = line.start, line.slope
+        self.table[:2, kind] = line.start, line.slope
         self._seen(0, kind)
         return seconds / expected if expected > 0 else 1.0
 
@@ -113,7 +111,7 @@ class Speeds:
         line = self._tpot[kind]
         expected = line.at(requests) if self.known[1, kind] else seconds
         line.add(requests, seconds)
-        self.next[kind], self.request[kind] = line.start, line.slope
+        self.table[2:, kind] = line.start, line.slope
         self._seen(1, kind)
         return seconds / expected if expected > 0 else 1.0
 
@@ -124,8 +122,8 @@ class Speeds:
 
     def _guess(self) -> None:
         for known, column, default in (
-            (self.known[0], self.token, PROMPT_TOKEN),
-            (self.known[1], self.next, NEXT_TOKEN),
+            (self.known[0], self.table[1], PROMPT_TOKEN),
+            (self.known[1], self.table[2], NEXT_TOKEN),
         ):
             column[~known] = column[known].min() if known.any() else default
         self.unseen = int((~self.known).sum())

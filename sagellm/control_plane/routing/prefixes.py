@@ -101,6 +101,13 @@ def _bits(mask: int, rows: int) -> np.ndarray:
     return np.unpackbits(data, count=rows, bitorder="little").astype(np.float64)
 
 
+def _deeper(found: np.ndarray | None, mask: int, depth: int, rows: int) -> np.ndarray:
+    if not depth:
+        return np.zeros(rows)
+    here = _bits(mask, rows) * depth
+    return here if found is None else np.maximum(found, here)
+
+
 class PrefixTable:
     """For each chunk the rows of the engines that were sent it, as the bits of an int; for each row its chunks, those
     sent longest ago first to be forgotten."""
@@ -119,18 +126,16 @@ class PrefixTable:
 
     def match(self, chunks: Sequence[int], rows: int) -> np.ndarray:
         """float64 [rows]: with how many of these chunks, from the first on, each row is familiar."""
-        found = np.zeros(rows)
-        known, mask, depth = self._rows, -1, 0
+        known, mask, depth, found = self._rows, -1, 0, None
         for chunk in chunks:
             left = known.get(chunk, 0) & mask
             if left != mask:
-                if depth:
-                    np.maximum(found, _bits(mask, rows) * depth, out=found)
+                found = _deeper(found, mask, depth, rows)
                 if not left:
                     return found
                 mask = left
             depth += 1
-        return np.maximum(found, _bits(mask, rows) * depth) if depth else found
+        return _deeper(found, mask, depth, rows)
 
     def depth(self, row: int, chunks: Sequence[int]) -> int:
         """As `match`, of one row."""

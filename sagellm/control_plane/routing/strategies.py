@@ -6,8 +6,7 @@ What is still equal goes to the engine that was chosen longest ago, and before e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -39,6 +38,24 @@ class Weights:
     """Seconds for each unit of money that prompt and output cost."""
 
 
+class Predicted(NamedTuple):
+    """What a request would meet at each engine; arrays [rows], seconds."""
+
+    waiting: np.ndarray
+    """Until its prompt's turn: the prompts before it, or as long as the queue that the engine reports takes to shrink,
+    one request for each that ends."""
+    computing: np.ndarray
+    """For the tokens of the prompt that are not cached."""
+    prompt: np.ndarray
+    """From its turn to its first token."""
+    output: np.ndarray
+    """For the output after that."""
+    tpot: np.ndarray
+    """For each token of it."""
+    cached: np.ndarray
+    """Prompt tokens that are taken to be in the cache."""
+
+
 class Candidates:
     """The fleet as one request sees it; arrays [rows], of which those that are `able` count."""
 
@@ -46,71 +63,35 @@ class Candidates:
         self.fleet, self.request, self.able = fleet, request, able
         self.columns = fleet.columns
 
-    @cached_property
     def load(self) -> np.ndarray:
         """Requests; a full KV cache, or prompts still to be computed, count as some more."""
         c = self.columns
         return c.active + c.others + c.kv_use + c.ahead * (1 / TOKENS_PER_REQUEST)
 
-    @cached_property
     def cached(self) -> np.ndarray:
-        """Prompt tokens that are taken to be in the cache."""
         depth = self.fleet.prefixes.match(self.request.chunks, len(self.columns))
         return np.minimum(depth * self.fleet.chunk_tokens, self.request.prompt_tokens - 1)
 
-    @cached_property
-    def guessed(self) -> np.ndarray:
-        """bool: nothing was seen of engines of its kind, so it is taken to be as fast as the fastest."""
-        return ~self.fleet.speeds.known.all(axis=0)[self.columns.kind]
+    def predict(self) -> Predicted:
+        c, request = self.columns, self.request
+        start, token, after, beside = self.fleet.speeds.table[:, c.kind]
+        token *= c.ttft_factor
+        tpot = (after + beside * (c.active + c.others + 1)) * c.tpot_factor
+        output = tpot * self.fleet.output_of(request)
+        cached = self.cached()
+        computing = (request.prompt_tokens - cached) * token
+        waiting = np.maximum(c.ahead * token, c.queue * output)
+        return Predicted(waiting, computing, start * c.ttft_factor + computing, output, tpot, cached)
 
-    @cached_property
-    def prompt_token(self) -> np.ndarray:
-        """Seconds for each prompt token."""
-        c = self.columns
-        return self.fleet.speeds.token[c.kind] * c.ttft_factor
-
-    @cached_property
-    def tpot(self) -> np.ndarray:
-        """Seconds to each next token, with this request there."""
-        c, speeds = self.columns, self.fleet.speeds
-        beside = c.active + c.others + 1
-        return (speeds.next[c.kind] + speeds.request[c.kind] * beside) * c.tpot_factor
-
-    @cached_property
-    def tokens(self) -> float:
-        """That the output is expected to have."""
-        return self.fleet.output_of(self.request)
-
-    @cached_property
-    def output(self) -> np.ndarray:
-        """Seconds for the output after its first token."""
-        return self.tpot * self.tokens
-
-    @cached_property
-    def waiting(self) -> np.ndarray:
-        """Seconds until its prompt's turn: those before it, or as long as the queue that the engine reports takes to
-        shrink, one request for each that ends."""
-        c = self.columns
-        return np.maximum(c.ahead * self.prompt_token, c.queue * self.output)
-
-    @cached_property
-    def computing(self) -> np.ndarray:
-        """Seconds that the tokens of the prompt take which are not cached."""
-        return (self.request.prompt_tokens - self.cached) * self.prompt_token
-
-    @cached_property
-    def prompt(self) -> np.ndarray:
-        """Seconds from its turn to its first token."""
-        return self.fleet.speeds.start[self.columns.kind] * self.columns.ttft_factor + self.computing
-
-    @cached_property
-    def ttft(self) -> np.ndarray:
-        return self.waiting + self.prompt
-
-    @cached_property
     def price(self) -> np.ndarray:
         """Of prompt and output; 0 where the engine has no price."""
-        return self.columns.cost * (self.request.prompt_tokens + self.tokens)
+        return self.columns.cost * (self.request.prompt_tokens + self.fleet.output_of(self.request))
+
+    def guessed(self) -> Mapping[str, np.ndarray]:
+        """A part of the score, bool: nothing was seen of engines of its kind, so it is taken to be as fast as the
+        fastest. None where there is no such kind."""
+        speeds = self.fleet.speeds
+        return {"guessed": ~speeds.known.all(axis=0)[self.columns.kind]} if speeds.unseen else NO_PARTS
 
 
 class Score(NamedTuple):
@@ -140,7 +121,8 @@ class LeastLoaded:
     name = "least_loaded"
 
     def score(self, seen: Candidates) -> Score:
-        return Score((seen.load,), {"load": seen.load})
+        load = seen.load()
+        return Score((load,), {"load": load})
 
 
 class PrefixAffinity:
@@ -149,10 +131,10 @@ class PrefixAffinity:
     name = "prefix_affinity"
 
     def score(self, seen: Candidates) -> Score:
-        least = np.minimum.reduce(seen.load[seen.able])
-        much_busier = seen.load > TIMES * least + SLACK
-        parts = {"cached_tokens": seen.cached, "load": seen.load, "much_busier": much_busier}
-        return Score((much_busier, -seen.cached, seen.load), parts)
+        load, cached = seen.load(), seen.cached()
+        much_busier = load > TIMES * np.minimum.reduce(load[seen.able]) + SLACK
+        parts = {"cached_tokens": cached, "load": load, "much_busier": much_busier}
+        return Score((much_busier, -cached, load), parts)
 
 
 class SLO:
@@ -162,22 +144,15 @@ class SLO:
     name = "slo"
 
     def score(self, seen: Candidates) -> Score:
-        request = seen.request
-        late = np.zeros(len(seen.able), np.bool_)
+        request, predicted, price, load = seen.request, seen.predict(), seen.price(), seen.load()
+        ttft = predicted.waiting + predicted.prompt
+        late = np.zeros(len(ttft), np.bool_)
         if request.deadline_ms is not None:
-            late |= seen.ttft * 1e3 > request.deadline_ms
+            late |= ttft * 1e3 > request.deadline_ms
         if request.tbt_ms is not None:
-            late |= seen.tpot * 1e3 > request.tbt_ms
-        parts = {
-            "ttft_s": seen.ttft,
-            "tpot_s": seen.tpot,
-            "late": late,
-            "price": seen.price,
-            "load": seen.load,
-        }
-        if seen.fleet.speeds.unseen:
-            parts["guessed"] = seen.guessed
-        return Score((late, np.where(late, seen.ttft, 0.0), seen.price, seen.load), parts)
+            late |= predicted.tpot * 1e3 > request.tbt_ms
+        parts = {"ttft_s": ttft, "tpot_s": predicted.tpot, "late": late, "price": price, "load": load}
+        return Score((late, ttft * late, price, load), {**parts, **seen.guessed()})
 
 
 class HardwareFirst:
@@ -186,8 +161,8 @@ class HardwareFirst:
     name = "hardware_first"
 
     def score(self, seen: Candidates) -> Score:
-        hardware = seen.columns.hardware.copy()
-        return Score((hardware, seen.load), {"hardware": hardware, "load": seen.load})
+        hardware, load = seen.columns.hardware.copy(), seen.load()
+        return Score((hardware, load), {"hardware": hardware, "load": load})
 
 
 class Composite:
@@ -200,38 +175,38 @@ class Composite:
         self.weights = weights
 
     def score(self, seen: Candidates) -> Score:
-        c, weights = seen.columns, self.weights
+        c, weights, predicted = seen.columns, self.weights, seen.predict()
+        held_up = weights.others * predicted.computing * c.active
         # a cache that is nearly full puts sequences back: up to the output's time once more
-        crowded = c.crowded * seen.output
-        hardware, price = weights.hardware * c.hardware, weights.price * seen.price
-        held_up = weights.others * seen.computing * c.active
-        cost = seen.waiting + seen.prompt + seen.output + held_up + crowded + hardware + price
+        crowded = c.crowded * predicted.output
+        hardware, price = weights.hardware * c.hardware, weights.price * seen.price()
+        cost = predicted.waiting + predicted.prompt + predicted.output + held_up + crowded + hardware + price
         parts = {
             "cost_s": cost,
-            "waiting_s": seen.waiting,
-            "prompt_s": seen.prompt,
-            "output_s": seen.output,
+            "waiting_s": predicted.waiting,
+            "prompt_s": predicted.prompt,
+            "output_s": predicted.output,
             "others_s": held_up,
             "crowded_s": crowded,
             "hardware_s": hardware,
             "price_s": price,
-            "cached_tokens": seen.cached,
+            "cached_tokens": predicted.cached,
+            **seen.guessed(),
         }
-        if seen.fleet.speeds.unseen:
-            parts["guessed"] = seen.guessed
         return Score((cost,), parts)
 
 
-def _without_weights(kind: type[Strategy]):
+def _plain(kind: Callable[[], Strategy]) -> Callable[[Weights], Strategy]:
     return lambda weights: kind()
 
 
-STRATEGIES = {
-    Composite.name: Composite,
-    **{
-        kind.name: _without_weights(kind)
-        for kind in (RoundRobin, LeastLoaded, PrefixAffinity, SLO, HardwareFirst)
-    },
+STRATEGIES: Mapping[str, Callable[[Weights], Strategy]] = {
+    "composite": Composite,
+    "round_robin": _plain(RoundRobin),
+    "least_loaded": _plain(LeastLoaded),
+    "prefix_affinity": _plain(PrefixAffinity),
+    "slo": _plain(SLO),
+    "hardware_first": _plain(HardwareFirst),
 }
 """By name; composite is the default."""
 
