@@ -256,8 +256,6 @@ class Router:
                 if serving[self.fleet.row(name)]
                 for reason in reasons
             }
-            decision.error = (
-                f"no engine can serve this request; of those with the model each {', or '.join(sorted(why))}"
-            )
+            decision.error = f"no engine can serve this request: {', or '.join(sorted(why))}"
             error = NoEngine("unable", decision.error)
         return error

@@ -13,7 +13,7 @@ from attrs import define, field, frozen
 from sagellm.control_plane.features import ROUTES
 from sagellm.control_plane.routing.ask import KINDS, Ask
 from sagellm.control_plane.routing.columns import Columns
-from sagellm.control_plane.routing.learned import ALIKE, Mean, Speeds
+from sagellm.control_plane.routing.learned import PRIOR, Mean, Speeds
 from sagellm.control_plane.routing.prefixes import CHUNK, PrefixTable
 from sagellm.engine.stats import EngineLoad
 from sagellm.errors import UserError, unknown
@@ -68,8 +68,8 @@ class Engine:
     cost_per_token: float | None
     labels: Mapping[str, str]
     ranks: int
-    ttft: Mean = field(factory=lambda: Mean(1.0, ALIKE))
-    tpot: Mean = field(factory=lambda: Mean(1.0, ALIKE))
+    ttft: Mean = field(factory=lambda: Mean(1.0, PRIOR))
+    tpot: Mean = field(factory=lambda: Mean(1.0, PRIOR))
     flights: dict[str, Flight] = field(factory=dict)
 
 

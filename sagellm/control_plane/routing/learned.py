@@ -11,22 +11,28 @@ KEEP = 0.95
 """Weight that an observation keeps when the next one comes."""
 PROMPT_TOKEN, NEXT_TOKEN = 1e-4, 0.02
 """Seconds that are assumed as long as no engine was seen."""
-ALIKE = 10
-"""Observations that it takes until an engine is believed to differ from its kind as much as it seems to."""
+TTFT_LEAST, TPOT_LEAST = 0.25, 0.05
+"""See `Line.least`: that the first token takes longer for each prompt token, and the next ones for each request."""
+ALIKE = 0.04
+"""Part of their mean square that values vary by at least, for a slope to be seen in them."""
+PRIOR = 10
+"""Observations that count against what an engine seems to differ by from its kind."""
+OUTLIER = 4.0
+"""An answer counts as at most so many times as slow, or as fast, as was expected."""
 
 
 @define
 class Line:
     """y = start + slope * x by least squares over what was seen lately; neither is below 0.
 
-    Where all x were alike, it is told from one point: `flat` lines have no slope then, others no start.
+    The slope is at least `least` times the mean y over the mean x, for where all x were alike, or noise hides it: who
+    believes that more work takes no longer sends all of it to one engine.
     """
 
-    flat: bool
+    least: float
     start: float = 0.0
     slope: float = 0.0
-    seen: float = 0.0
-    """Sum of the weights."""
+    _seen: float = 0.0
     _x: float = 0.0
     _y: float = 0.0
     _xx: float = 0.0
@@ -36,17 +42,16 @@ class Line:
         return self.start + self.slope * x
 
     def add(self, x: float, y: float) -> None:
-        self.seen = KEEP * self.seen + 1
+        """x > 0, y >= 0"""
+        self._seen = KEEP * self._seen + 1
         self._x = KEEP * self._x + x
         self._y = KEEP * self._y + y
         self._xx = KEEP * self._xx + x * x
         self._xy = KEEP * self._xy + x * y
-        spread = self._xx - self._x * self._x / self.seen
-        if spread > 1e-4 * self._xx:
-            self.slope = max(0.0, (self._xy - self._x * self._y / self.seen) / spread)
-        else:
-            self.slope = 0.0 if self.flat or not self._x else self._y / self._x
-        self.start = (self._y - self.slope * self._x) / self.seen
+        spread = self._xx - self._x * self._x / self._seen
+        fitted = (self._xy - self._x * self._y / self._seen) / spread if spread > ALIKE * self._xx else 0.0
+        self.slope = max(fitted, self.least * self._y / self._x)
+        self.start = (self._y - self.slope * self._x) / self._seen
         if self.start < 0:
             self.start, self.slope = 0.0, self._xy / self._xx
 
@@ -90,8 +95,8 @@ class Speeds:
         """Its index."""
         if of not in self._kinds:
             self._kinds[of] = len(self._kinds)
-            self._ttft.append(Line(flat=False))
-            self._tpot.append(Line(flat=True))
+            self._ttft.append(Line(TTFT_LEAST))
+            self._tpot.append(Line(TPOT_LEAST))
             self.known = np.concatenate([self.known, np.zeros((2, 1), np.bool_)], axis=1)
             self.table = np.concatenate([self.table, np.zeros((4, 1))], axis=1)
             self._guess()
@@ -99,31 +104,27 @@ class Speeds:
 
     def first(self, kind: int, tokens: float, seconds: float) -> float:
         """A first token came behind so many prompt tokens. Returns the time over the one predicted."""
-        line = self._ttft[kind]
-        expected = line.at(tokens) if self.known[0, kind] else seconds
-        line.add(tokens, seconds)
-        self.table[:2, kind] = line.start, line.slope
-        self._seen(0, kind)
-        return seconds / expected if expected > 0 else 1.0
+        return self._learn(0, kind, self._ttft[kind], tokens, seconds)
 
     def each(self, kind: int, requests: float, seconds: float) -> float:
         """Tokens came so many seconds apart, among so many requests. Returns the time over the one predicted."""
-        line = self._tpot[kind]
-        expected = line.at(requests) if self.known[1, kind] else seconds
-        line.add(requests, seconds)
-        self.table[2:, kind] = line.start, line.slope
-        self._seen(1, kind)
-        return seconds / expected if expected > 0 else 1.0
+        return self._learn(1, kind, self._tpot[kind], requests, seconds)
 
-    def _seen(self, what: int, kind: int) -> None:
+    def _learn(self, what: int, kind: int, line: Line, x: float, seconds: float) -> float:
+        expected, ratio = line.at(x), 1.0
+        if self.known[what, kind] and expected > 0:
+            ratio = min(OUTLIER, max(1 / OUTLIER, seconds / expected))
+            seconds = expected * ratio
+        line.add(x, seconds)
+        self.table[2 * what : 2 * what + 2, kind] = line.start, line.slope
         self.known[what, kind] = True
         if self.unseen:
             self._guess()
+        return ratio
 
     def _guess(self) -> None:
-        for known, column, default in (
-            (self.known[0], self.table[1], PROMPT_TOKEN),
-            (self.known[1], self.table[2], NEXT_TOKEN),
-        ):
-            column[~known] = column[known].min() if known.any() else default
+        for what, default in ((0, (0.0, PROMPT_TOKEN)), (1, (NEXT_TOKEN, TPOT_LEAST * NEXT_TOKEN))):
+            known, rows = self.known[what], self.table[2 * what : 2 * what + 2]
+            fastest = rows[:, known].min(axis=1) if known.any() else np.array(default)
+            rows[:, ~known] = fastest[:, None]
         self.unseen = int((~self.known).sum())
