@@ -41,10 +41,12 @@ JSON = click.option(
 )
 SEED = click.option("--seed", type=int, default=0, help="Of lengths, tokens and arrival times.")
 ELSEWHERE = {
+    "fleet": "sagellm.cli.bench_routing:fleet",
     "http": "sagellm.cli.bench_http:http",
     "kv": "sagellm.cli.bench_kv:kv",
     "overlap": "sagellm.cli.bench_ranks:overlap",
     "collectives": "sagellm.cli.bench_ranks:collectives",
+    "route": "sagellm.cli.bench_routing:route",
     "speculation": "sagellm.cli.bench_speculation:speculation",
 }
 """Sub-commands with a module of their own."""

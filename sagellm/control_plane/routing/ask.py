@@ -8,7 +8,7 @@ from typing import Any
 from attrs import frozen
 
 from sagellm.control_plane.features import needed
-from sagellm.control_plane.routing.prefixes import Size, chunks_of, size_of
+from sagellm.control_plane.routing.prefixes import read_prompt
 from sagellm.control_plane.types import RequestMetadata, RequestPriority, RequestType
 
 KINDS = {
@@ -34,7 +34,7 @@ class Ask:
     """That the prompt surely has; None: as estimated. It counts where the estimate is too long for every engine."""
     max_tokens: int | None = None
     chunks: Sequence[int] = ()
-    """Of `chunks_of`."""
+    """Of `prefixes.chunks_of`."""
     deadline_ms: float | None = None
     """From now to the first token."""
     tbt_ms: float | None = None
@@ -53,16 +53,16 @@ class Ask:
 
 def ask_of(path: str, body: Mapping[str, Any], request: RequestMetadata) -> Ask:
     """From a request's route and body, and what came beside them."""
-    size: Size = size_of(path, body)
+    prompt = read_prompt(path, body)
     return Ask(
         request_id=request.request_id,
         model=request.model_name,
         kind=KINDS.get(path, request.request_type),
         features=needed(path, body),
-        prompt_tokens=size.tokens,
-        least_tokens=size.least,
+        prompt_tokens=prompt.tokens,
+        least_tokens=prompt.least,
         max_tokens=request.max_tokens,
-        chunks=chunks_of(path, body),
+        chunks=prompt.chunks,
         deadline_ms=request.slo_deadline_ms,
         tbt_ms=request.tbt_slo_ms,
         priority=request.priority,

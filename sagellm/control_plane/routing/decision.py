@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -22,6 +22,7 @@ from sagellm.control_plane.routing.fleet import (
     TRIED,
     Engine,
     Fleet,
+    Refusals,
 )
 from sagellm.control_plane.routing.strategies import NO_PARTS, Candidates, Score, Weights, strategy
 from sagellm.errors import UserError, unknown
@@ -63,21 +64,21 @@ class Decision:
     chosen: str | None
     """None: nobody."""
     parts: Mapping[str, np.ndarray]
-    refusals: np.ndarray
-    """bool [REASONS, rows]"""
+    refusals: Refusals
     engines: Sequence[Engine | None]
     error: str = ""
 
     def candidates(self) -> dict[str, dict[str, float | bool | str]]:
         """Engine -> what its score was made of; the chosen one first, where there is one."""
-        able = np.flatnonzero(~self.refusals.any(axis=0)).tolist()
+        able = self.refusals.able.nonzero()[0].tolist()
         found = {self._at(row).engine_id: self._parts(row) for row in able}
         return dict(sorted(found.items(), key=lambda item: item[0] != self.chosen))
 
     def refused(self) -> dict[str, list[str]]:
         """Engine -> why it cannot have the request."""
-        rows = np.flatnonzero(self.refusals.any(axis=0) & ~self.refusals[GONE]).tolist()
-        return {self._at(row).engine_id: self._reasons(row) for row in rows}
+        reasons = self.refusals.reasons()
+        rows = np.flatnonzero(reasons.any(axis=0) & ~reasons[GONE]).tolist()
+        return {self._at(row).engine_id: self._reasons(row, reasons[:, row]) for row in rows}
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -111,12 +112,12 @@ class Decision:
     def _parts(self, row: int) -> dict[str, float | bool | str]:
         shown = {name: values[row].item() for name, values in self.parts.items()}
         if "hardware" in shown:
-            shown["hardware"] = HARDWARE[shown["hardware"]]
+            shown["hardware"] = HARDWARE[int(shown["hardware"])]
         if shown.get("guessed"):
-            shown["guessed"] = "its speed is not known: taken to be that of the fastest"
+            shown["guessed"] = "nothing was seen of its kind: taken to be as fast as the fastest"
         return shown
 
-    def _reasons(self, row: int) -> list[str]:
+    def _reasons(self, row: int, reasons: np.ndarray) -> list[str]:
         engine, request = self._at(row), self.request
         lacking = sorted(request.features - engine.features - {"chat", "completions", "embeddings"})
         asked = f"{request.prompt_tokens} + {request.max_tokens or 1} tokens"
@@ -133,7 +134,7 @@ class Decision:
             "tried": "was tried",
             "full": f"has {engine.max_concurrent} requests, its most",
         }
-        return [words[REASONS[reason]] for reason in np.flatnonzero(self.refusals[:, row]).tolist()]
+        return [words[REASONS[reason]] for reason in np.flatnonzero(reasons).tolist()]
 
 
 def _shown(value: object) -> str:
@@ -165,33 +166,40 @@ class Router:
         """For the decisions to come."""
         self.strategy = strategy(name, self.weights)
 
-    def choose(self, request: Ask, excluded: Iterable[str] = ()) -> Decision:
+    def choose(self, request: Ask, excluded: Collection[str] = ()) -> Decision:
         """`excluded`: engines that were tried. Raises NoEngine."""
         fleet = self.fleet
         self.number += 1
         refusals = fleet.refusals(request, excluded)
-        able = ~refusals.any(axis=0)
-        if not able.any():
-            if request.least_tokens is not None and refusals[: NEVER.stop].any(axis=0).all():
-                refusals = fleet.refusals(request, excluded, least=True)
-                able = ~refusals.any(axis=0)
-            if not able.any():
-                raise self._refuse(request, refusals)
+        rows = refusals.able.nonzero()[0]
+        if not rows.size:
+            refusals = self._shorter(request, excluded, refusals)
+            rows = refusals.able.nonzero()[0]
         preferred = request.preferred
-        if preferred is not None and preferred in fleet and able[row := fleet.row(preferred)]:
+        if preferred is not None and preferred in fleet and refusals.able[row := fleet.row(preferred)]:
             name, score, rows = PREFERRED, NOTHING, np.array([row])
         else:
-            name, rows = self.strategy.name, np.flatnonzero(able)
-            score = self.strategy.score(Candidates(fleet, request, able))
+            name = self.strategy.name
+            score = self.strategy.score(Candidates(fleet, request, refusals.able))
         row = self._best(rows, score.keys)
-        fleet.rows["turn"][row] = self.number
+        fleet.columns.turn[row] = self.number
         return self._note(request, name, row, score.parts, refusals)
 
     def _best(self, rows: np.ndarray, keys: Sequence[np.ndarray]) -> int:
-        for key in (*keys, self.fleet.rows["turn"]):
+        for key in (*keys, self.fleet.columns.turn):
+            if rows.size == 1:
+                break
             values = key[rows]
-            rows = rows[values == values.min()]
+            rows = rows[values == np.minimum.reduce(values)]
         return int(rows[0] if rows.size == 1 else self._random.choice(rows))
+
+    def _shorter(self, request: Ask, excluded: Collection[str], refusals: Refusals) -> Refusals:
+        """Where its length is only estimated, and too long for every engine, they may find it shorter."""
+        if request.least_tokens is not None and refusals.reasons()[NEVER].any(axis=0).all():
+            refusals = self.fleet.refusals(request, excluded, least=True)
+        if not refusals.able.any():
+            raise self._refuse(request, refusals)
+        return refusals
 
     def _note(
         self,
@@ -199,7 +207,7 @@ class Router:
         name: str,
         row: int | None,
         parts: Mapping[str, np.ndarray],
-        refusals: np.ndarray,
+        refusals: Refusals,
         error: str = "",
     ) -> Decision:
         engines = self.fleet.engines[:]
@@ -218,9 +226,10 @@ class Router:
         self.decisions.append(decision)
         return decision
 
-    def _refuse(self, request: Ask, refusals: np.ndarray) -> NoEngine:
-        could = ~refusals[: NEVER.stop].any(axis=0)
-        now = could & ~refusals[ACCEPTING] & ~refusals[TRIED]
+    def _refuse(self, request: Ask, refusals: Refusals) -> NoEngine:
+        reasons = refusals.reasons()
+        could = ~reasons[NEVER].any(axis=0)
+        now = could & ~reasons[ACCEPTING] & ~reasons[TRIED]
         models = self.fleet.models
         if now.any():
             return NoEngine(
@@ -240,15 +249,13 @@ class Router:
             error = None
         decision = self._note(request, self.strategy.name, None, NO_PARTS, refusals, str(error or ""))
         if error is None:
-            serving = ~refusals[MODEL]
+            serving = ~reasons[MODEL]
             why = {
                 reason
                 for name, reasons in decision.refused().items()
                 if serving[self.fleet.row(name)]
                 for reason in reasons
             }
-            decision.error = (
-                f"no engine can serve this request; of those with the model each {', or '.join(sorted(why))}"
-            )
+            decision.error = f"no engine can serve this request: {', or '.join(sorted(why))}"
             error = NoEngine("unable", decision.error)
         return error

@@ -4,53 +4,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from attrs import define, field
+from attrs import define, field, frozen
 
 from sagellm.control_plane.features import ROUTES
 from sagellm.control_plane.routing.ask import KINDS, Ask
-from sagellm.control_plane.routing.learned import Line, Mean
+from sagellm.control_plane.routing.columns import Columns
+from sagellm.control_plane.routing.learned import PRIOR, Mean, Speeds
 from sagellm.control_plane.routing.prefixes import CHUNK, PrefixTable
 from sagellm.engine.stats import EngineLoad
 from sagellm.errors import UserError, unknown
 
-ROW = np.dtype(
-    [
-        ("live", np.bool_),
-        ("accepting", np.bool_),
-        ("model", np.int64),
-        ("features", np.int64),
-        ("max_length", np.int64),
-        ("max_concurrent", np.int64),
-        ("ranks", np.int64),
-        ("hardware", np.int64),
-        ("cost", np.float64),
-        ("active", np.int64),
-        ("ahead", np.int64),
-        ("others", np.int64),
-        ("running", np.int64),
-        ("waiting", np.int64),
-        ("kv_use", np.float64),
-        ("ttft_known", np.bool_),
-        ("ttft_start", np.float64),
-        ("ttft_token", np.float64),
-        ("tpot_known", np.bool_),
-        ("tpot_start", np.float64),
-        ("tpot_request", np.float64),
-        ("turn", np.int64),
-    ]
-)
-"""model: a number of its name. features: a bit each. hardware: see `hardware_class`. cost: of a token, nan where it has
-no price. active: requests sent there and not ended. ahead: their prompt tokens that are still to be computed. others:
-requests it has from elsewhere, as of its last report; running, waiting and kv_use are of that too, 0 where it does not
-tell. ttft_start, ttft_token: seconds to a first token, and for each prompt token before it. tpot_start, tpot_request:
-seconds to a next token, and for each request beside. turn: number of the decision that chose it last."""
-
-UNBOUNDED = np.iinfo(np.int64).max
-NOBODY = 1 << 62
+KV_FULL = 0.9
+"""Part of the KV cache from which on sequences are soon put back."""
+MOST_FEATURES = 62
+NOBODY = 1 << MOST_FEATURES
 """The bit of features that no engine of the fleet ever had."""
 DOMESTIC = frozenset({"ascend", "npu", "mlu", "cambricon", "dcu", "hygon", "xpu", "kunlun"})
 NO_ACCELERATOR = frozenset({"cpu", "null"})
@@ -97,8 +68,8 @@ class Engine:
     cost_per_token: float | None
     labels: Mapping[str, str]
     ranks: int
-    ttft: Line = field(factory=lambda: Line(flat=False))
-    tpot: Line = field(factory=lambda: Line(flat=True))
+    ttft: Mean = field(factory=lambda: Mean(1.0, PRIOR))
+    tpot: Mean = field(factory=lambda: Mean(1.0, PRIOR))
     flights: dict[str, Flight] = field(factory=dict)
 
 
@@ -107,18 +78,39 @@ REASONS = (
     "model",
     "kind",
     "features",
-    "length",
     "tags",
     "ranks",
-    "budget",
     "accepting",
+    "length",
+    "budget",
     "tried",
     "full",
 )
-"""Why an engine does not get a request: rows of `Fleet.refusals`. `gone` rows have no engine."""
-GONE, MODEL, KIND, FEATURES, LENGTH, TAGS, RANKS, BUDGET, ACCEPTING, TRIED, FULL = range(len(REASONS))
-NEVER = slice(MODEL, ACCEPTING)
-"""Reasons that do not pass with time."""
+"""Why an engine does not get a request; `gone` rows have no engine."""
+GONE, MODEL, KIND, FEATURES, TAGS, RANKS, ACCEPTING, LENGTH, BUDGET, TRIED, FULL = range(len(REASONS))
+NEVER = [GONE, MODEL, KIND, FEATURES, TAGS, RANKS, LENGTH, BUDGET]
+"""Those that do not pass with time."""
+STANDING = 512
+"""Kinds of requests whose standing refusals are kept."""
+
+
+@frozen(eq=False)
+class Refusals:
+    """Who cannot have a request."""
+
+    able: np.ndarray
+    """bool [rows]"""
+    standing: np.ndarray
+    """bool [REASONS, rows]: what holds as long as the fleet stays as it is; shared, not to be written."""
+    passed: Mapping[int, np.ndarray]
+    """Reason -> bool [rows]: who passed the tests of this moment."""
+
+    def reasons(self) -> np.ndarray:
+        """bool [REASONS, rows]"""
+        found = self.standing.copy()
+        for reason, passed in self.passed.items():
+            found[reason] = ~passed & ~found[GONE]
+        return found
 
 
 class Fleet:
@@ -131,7 +123,8 @@ class Fleet:
         self.prefixes = PrefixTable()
         self.engines: list[Engine | None] = []
         self.models: Counter[str] = Counter()
-        self._table = np.zeros(8, ROW)
+        self.columns = Columns()
+        self.speeds = Speeds()
         self._row: dict[str, int] = {}
         self._spare: list[int] = []
         self._model: dict[str, int] = {}
@@ -139,7 +132,7 @@ class Fleet:
         self._labelled: dict[tuple[str, str], set[int]] = {}
         self._bits = {feature: 1 << number for number, feature in enumerate(ROUTES.values())}
         self._route = {kind: self._bits[ROUTES[path]] for path, kind in KINDS.items()}
-        self._masks: dict[frozenset[str], int] = {}
+        self._standing: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return len(self._row)
@@ -149,11 +142,6 @@ class Fleet:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._row)
-
-    @property
-    def rows(self) -> np.ndarray:
-        """ROW [rows], spare ones among them; a view that the next `add` may leave behind."""
-        return self._table[: len(self.engines)]
 
     def row(self, engine_id: str) -> int:
         """Raises UserError for an engine that is not there."""
@@ -189,8 +177,8 @@ class Fleet:
         row = self._spare.pop() if self._spare else len(self.engines)
         if row == len(self.engines):
             self.engines.append(None)
-        if row == len(self._table):
-            self._table = np.concatenate([self._table, np.zeros(row, ROW)])
+        if row == len(self.columns):
+            self.columns.double()
         self._row[engine_id] = row
         tags = {name: str(value) for name, value in (labels or {}).items()}
         self.engines[row] = Engine(
@@ -205,17 +193,19 @@ class Fleet:
             tags,
             ranks,
         )
-        values = self._table[row : row + 1]
-        values[:] = np.zeros(1, ROW)
-        values["live"], values["features"], values["ranks"] = True, bits, ranks
-        values["model"] = self._model.setdefault(model_id, len(self._model))
-        values["max_length"] = UNBOUNDED if max_length is None else max_length
-        values["max_concurrent"] = UNBOUNDED if max_concurrent is None else max_concurrent
-        values["hardware"] = hardware_class(kind, device)
-        values["cost"] = np.nan if cost_per_token is None else cost_per_token
+        c = self.columns
+        c.live[row], c.features[row], c.ranks[row] = True, bits, ranks
+        c.model[row] = self._model.setdefault(model_id, len(self._model))
+        c.max_length[row] = np.inf if max_length is None else max_length
+        c.max_concurrent[row] = np.inf if max_concurrent is None else max_concurrent
+        c.hardware[row] = hardware_class(kind, device)
+        c.cost[row] = cost_per_token or 0.0
+        c.kind[row] = self.speeds.kind((model_id, kind, device, ranks))
+        c.ttft_factor[row] = c.tpot_factor[row] = 1.0
         for label in tags.items():
             self._labelled.setdefault(label, set()).add(row)
         self.models[model_id] += 1
+        self._standing.clear()
         self.prefixes.bound(row, None if kv_tokens is None else max(1, kv_tokens // self.chunk_tokens))
         return row
 
@@ -225,8 +215,9 @@ class Fleet:
         engine = self._engine(row)
         del self._row[engine_id]
         self.engines[row] = None
-        self._table[row] = np.zeros((), ROW)
+        self.columns.clear(row)
         self._spare.append(row)
+        self._standing.clear()
         self.prefixes.forget(row)
         for label in engine.labels.items():
             self._labelled[label].discard(row)
@@ -237,15 +228,19 @@ class Fleet:
             del self.models[engine.model_id]
 
     def set_state(self, engine_id: str, accepting: bool) -> None:
-        self._table["accepting"][self.row(engine_id)] = accepting
+        row = self.row(engine_id)
+        if self.columns.accepting[row] != accepting:
+            self.columns.accepting[row] = accepting
+            self._standing.clear()
 
     def set_load(self, engine_id: str, load: EngineLoad) -> None:
         """As it reports now."""
-        row = self.row(engine_id)
-        values = self._table[row]
-        values["running"], values["waiting"] = load.running or 0, load.waiting or 0
-        values["kv_use"] = load.kv_use or 0.0
-        values["others"] = max(0, (load.running or 0) + (load.waiting or 0) - int(values["active"]))
+        row, c = self.row(engine_id), self.columns
+        running, waiting, used = load.running or 0, load.waiting or 0, load.kv_use or 0.0
+        c.others[row] = max(0, running + waiting - c.active[row])
+        c.queue[row] = waiting / max(1, running)
+        c.kv_use[row] = used
+        c.crowded[row] = min(1.0, max(0.0, (used - KV_FULL) / (1 - KV_FULL)))
 
     def lost_cache(self, engine_id: str) -> None:
         """It was started again: what it saw is not there any more."""
@@ -258,15 +253,15 @@ class Fleet:
 
     def _intern(self, features: frozenset[str]) -> int:
         fresh = [feature for feature in sorted(features) if feature not in self._bits]
-        if len(self._bits) + len(fresh) > 62:
-            raise UserError(f"{len(self._bits) + len(fresh)} different features; accepted: at most 62")
+        if len(self._bits) + len(fresh) > MOST_FEATURES:
+            raise UserError(
+                f"{len(self._bits) + len(fresh)} different features; accepted: at most {MOST_FEATURES}"
+            )
         for feature in fresh:
             self._bits[feature] = 1 << len(self._bits)
-        if fresh:
-            self._masks.clear()
         return self._mask(features)
 
-    def _mask(self, features: frozenset[str]) -> int:
+    def _mask(self, features: Iterable[str]) -> int:
         mask = 0
         for feature in features:
             mask |= self._bits.get(feature, NOBODY)
@@ -282,10 +277,10 @@ class Fleet:
             raise UserError(f"request {request.request_id!r} is at {engine_id!r} already; accepted: once")
         known = self.prefixes.depth(row, request.chunks) * self.chunk_tokens
         computed = max(1, request.prompt_tokens - known)
-        values = self._table[row]
-        ahead, active = int(values["ahead"]), int(values["active"])
-        flights[request.request_id] = Flight(computed, ahead, active + 1)
-        values["ahead"], values["active"] = ahead + computed, active + 1
+        c = self.columns
+        flights[request.request_id] = Flight(computed, int(c.ahead[row]), int(c.active[row]) + 1)
+        c.ahead[row] += computed
+        c.active[row] += 1
         self.prefixes.saw(row, request.chunks)
 
     def first_token(self, engine_id: str, request: Ask, seconds: float) -> None:
@@ -295,10 +290,10 @@ class Fleet:
         if flight is None or flight.first:
             return
         flight.first = True
-        line, values = self._engine(row).ttft, self._table[row]
-        line.add(flight.before + flight.computed, seconds)
-        values["ahead"] -= flight.computed
-        values["ttft_known"], values["ttft_start"], values["ttft_token"] = True, line.start, line.slope
+        factor, c = self._engine(row).ttft, self.columns
+        c.ahead[row] -= flight.computed
+        factor.add(self.speeds.first(int(c.kind[row]), flight.before + flight.computed, seconds))
+        c.ttft_factor[row] = factor.value
 
     def finished(
         self, engine_id: str, request: Ask, generated: int, seconds_per_token: float | None = None
@@ -308,12 +303,12 @@ class Fleet:
         if ended is None:
             return
         row, flight = ended
-        engine, values = self._engine(row), self._table[row]
+        engine, c = self._engine(row), self.columns
         self._output.setdefault(engine.model_id, Mean()).add(generated)
         if seconds_per_token is not None:
-            line = engine.tpot
-            line.add((flight.beside + int(values["active"]) + 1) / 2, seconds_per_token)
-            values["tpot_known"], values["tpot_start"], values["tpot_request"] = True, line.start, line.slope
+            beside = (flight.beside + c.active[row] + 1) / 2
+            engine.tpot.add(self.speeds.each(int(c.kind[row]), beside, seconds_per_token))
+            c.tpot_factor[row] = engine.tpot.value
 
     def failed(self, engine_id: str, request: Ask) -> None:
         """It ended without an answer: nothing is learned from it."""
@@ -324,10 +319,9 @@ class Fleet:
         flight = self._engine(row).flights.pop(request.request_id, None) if row >= 0 else None
         if flight is None:
             return None
-        values = self._table[row]
-        values["active"] -= 1
+        self.columns.active[row] -= 1
         if not flight.first:
-            values["ahead"] -= flight.computed
+            self.columns.ahead[row] -= flight.computed
         return row, flight
 
     def output_of(self, request: Ask) -> float:
@@ -339,37 +333,49 @@ class Fleet:
 
     # who can serve it
 
-    def refusals(self, request: Ask, excluded: Iterable[str] = (), *, least: bool = False) -> np.ndarray:
-        """bool [REASONS, rows]: why each row cannot have it. With `least` the prompt is as short as it may be."""
-        rows = self.rows
-        found = np.zeros((len(REASONS), len(rows)), np.bool_)
-        np.logical_not(rows["live"], out=found[GONE])
-        if request.model is not None:
-            np.not_equal(rows["model"], self._model.get(request.model, -1), out=found[MODEL])
-        elif len(self.models) > 1:
-            found[MODEL] = True
-        features = rows["features"]
-        np.equal(features & self._route[request.kind], 0, out=found[KIND])
-        wanted = self._masks.get(request.features)
-        if wanted is None:
-            wanted = self._masks[request.features] = self._mask(request.features.difference(ROUTES.values()))
-        if wanted:
-            np.not_equal(features & wanted, wanted, out=found[FEATURES])
+    def refusals(self, request: Ask, excluded: Collection[str] = (), *, least: bool = False) -> Refusals:
+        """With `least` the prompt is taken to be as short as it may be."""
+        tags = tuple(request.tags.items()) if request.tags else ()
+        kind = (request.model, request.kind.value, request.features, request.ranks, tags)
+        standing = self._standing.get(kind)
+        if standing is None:
+            if len(self._standing) >= STANDING:
+                self._standing.clear()
+            standing = self._standing[kind] = self._stand(request)
+        refused, able = standing
+        c = self.columns
         prompt = (least and request.least_tokens) or request.prompt_tokens
-        np.less(rows["max_length"], prompt + (request.max_tokens or 1), out=found[LENGTH])
-        for label in request.tags.items():
-            having = list(self._labelled.get(label, ()))
-            lacking = np.ones(len(rows), np.bool_)
-            lacking[having] = False
-            found[TAGS] |= lacking
-        if request.ranks > 1:
-            np.less(rows["ranks"], request.ranks, out=found[RANKS])
+        fits = c.max_length >= prompt + (request.max_tokens or 1)
+        free = c.active < c.max_concurrent
+        able = able & fits & free
+        passed = {LENGTH: fits, FULL: free}
         if request.cost_budget is not None:
             tokens = request.prompt_tokens + (request.max_tokens or self.output_of(request))
-            np.greater(rows["cost"] * tokens, request.cost_budget, out=found[BUDGET])
-        np.logical_not(rows["accepting"], out=found[ACCEPTING])
-        for engine_id in excluded:
-            if (row := self._row.get(engine_id)) is not None:
-                found[TRIED, row] = True
-        np.greater_equal(rows["active"], rows["max_concurrent"], out=found[FULL])
-        return found
+            passed[BUDGET] = c.cost * tokens <= request.cost_budget
+            able &= passed[BUDGET]
+        if excluded:
+            passed[TRIED] = fresh = np.ones(len(c), np.bool_)
+            fresh[[self._row[each] for each in excluded if each in self._row]] = False
+            able &= fresh
+        return Refusals(able, refused, passed)
+
+    def _stand(self, request: Ask) -> tuple[np.ndarray, np.ndarray]:
+        """bool [REASONS, rows], and [rows] who passes all of these."""
+        c = self.columns
+        found = np.zeros((len(REASONS), len(c)), np.bool_)
+        if request.model is not None:
+            found[MODEL] = c.model != self._model.get(request.model, -1)
+        else:
+            found[MODEL] = len(self.models) > 1
+        wanted = self._mask(request.features.difference(ROUTES.values()))
+        found[KIND] = c.features & self._route[request.kind] == 0
+        found[FEATURES] = c.features & wanted != wanted
+        for label in request.tags.items():
+            lacking = np.ones(len(c), np.bool_)
+            lacking[list(self._labelled.get(label, ()))] = False
+            found[TAGS] |= lacking
+        found[RANKS] = c.ranks < request.ranks
+        found[ACCEPTING] = ~c.accepting
+        found &= c.live
+        found[GONE] = ~c.live
+        return found, ~found.any(axis=0)

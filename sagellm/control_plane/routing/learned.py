@@ -2,53 +2,129 @@
 
 from __future__ import annotations
 
-from attrs import define
+from collections.abc import Hashable
+
+import numpy as np
+from attrs import Factory, define, field
 
 KEEP = 0.95
 """Weight that an observation keeps when the next one comes."""
+PROMPT_TOKEN, NEXT_TOKEN = 1e-4, 0.02
+"""Seconds that are assumed as long as no engine was seen."""
+TTFT_LEAST, TPOT_LEAST = 0.25, 0.05
+"""See `Line.least`: that the first token takes longer for each prompt token, and the next ones for each request."""
+ALIKE = 0.04
+"""Part of their mean square that values vary by at least, for a slope to be seen in them."""
+PRIOR = 10
+"""Observations that count against what an engine seems to differ by from its kind."""
+OUTLIER = 4.0
+"""An answer counts as at most so many times as slow, or as fast, as was expected."""
 
 
 @define
 class Line:
     """y = start + slope * x by least squares over what was seen lately; neither is below 0.
 
-    Where all x were alike, it is told from one point: `flat` lines have no slope then, others no start.
+    The slope is at least `least` times the mean y over the mean x, for where all x were alike, or noise hides it: who
+    believes that more work takes no longer sends all of it to one engine.
     """
 
-    flat: bool
+    least: float
     start: float = 0.0
     slope: float = 0.0
-    seen: float = 0.0
-    """Sum of the weights."""
+    _seen: float = 0.0
     _x: float = 0.0
     _y: float = 0.0
     _xx: float = 0.0
     _xy: float = 0.0
 
+    def at(self, x: float) -> float:
+        return self.start + self.slope * x
+
     def add(self, x: float, y: float) -> None:
-        self.seen = KEEP * self.seen + 1
+        """x > 0, y >= 0"""
+        self._seen = KEEP * self._seen + 1
         self._x = KEEP * self._x + x
         self._y = KEEP * self._y + y
         self._xx = KEEP * self._xx + x * x
         self._xy = KEEP * self._xy + x * y
-        spread = self._xx - self._x * self._x / self.seen
-        if spread > 1e-4 * self._xx:
-            self.slope = max(0.0, (self._xy - self._x * self._y / self.seen) / spread)
-        else:
-            self.slope = 0.0 if self.flat or not self._x else self._y / self._x
-        self.start = (self._y - self.slope * self._x) / self.seen
+        spread = self._xx - self._x * self._x / self._seen
+        fitted = (self._xy - self._x * self._y / self._seen) / spread if spread > ALIKE * self._xx else 0.0
+        self.slope = max(fitted, self.least * self._y / self._x)
+        self.start = (self._y - self.slope * self._x) / self._seen
         if self.start < 0:
             self.start, self.slope = 0.0, self._xy / self._xx
 
 
 @define
 class Mean:
-    """Of what was seen lately."""
+    """Of what was seen lately; `prior` counts as so many observations of the first value."""
 
     value: float = 0.0
-    seen: float = 0.0
+    prior: float = 0.0
+    _seen: float = 0.0
+    _sum: float = 0.0
+    _first: float = field(default=Factory(lambda self: self.value, takes_self=True), init=False)
 
     def add(self, value: float) -> None:
-        total = KEEP * self.seen * self.value + value
-        self.seen = KEEP * self.seen + 1
-        self.value = total / self.seen
+        self._seen = KEEP * self._seen + 1
+        self._sum = KEEP * self._sum + value
+        self.value = (self._sum + self.prior * self._first) / (self._seen + self.prior)
+
+
+class Speeds:
+    """How fast engines are, by kinds of engines: those with the same model, of the same kind, on the same device.
+
+    A kind learns from all its engines, so an engine that got no requests lately is not judged by old ones; what one
+    differs by is a factor of its own. A kind of which nothing was seen is taken to be as fast as the fastest.
+    Arrays [kinds].
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[Hashable, int] = {}
+        self._ttft: list[Line] = []
+        self._tpot: list[Line] = []
+        self.known = np.zeros((2, 0), np.bool_)
+        """Whether the first token, and whether the time between two, was seen."""
+        self.unseen = 0
+        self.table = np.zeros((4, 0))
+        """Seconds to a first token, beside those for each prompt token up to it; seconds to a next token, beside those
+        for each request there."""
+
+    def kind(self, of: Hashable) -> int:
+        """Its index."""
+        if of not in self._kinds:
+            self._kinds[of] = len(self._kinds)
+            self._ttft.append(Line(TTFT_LEAST))
+            self._tpot.append(Line(TPOT_LEAST))
+            self.known = np.concatenate([self.known, np.zeros((2, 1), np.bool_)], axis=1)
+            self.table = np.concatenate([self.table, np.zeros((4, 1))], axis=1)
+            self._guess()
+        return self._kinds[of]
+
+    def first(self, kind: int, tokens: float, seconds: float) -> float:
+        """A first token came behind so many prompt tokens. Returns the time over the one predicted."""
+        return self._learn(0, kind, self._ttft[kind], tokens, seconds)
+
+    def each(self, kind: int, requests: float, seconds: float) -> float:
+        """Tokens came so many seconds apart, among so many requests. Returns the time over the one predicted."""
+        return self._learn(1, kind, self._tpot[kind], requests, seconds)
+
+    def _learn(self, what: int, kind: int, line: Line, x: float, seconds: float) -> float:
+        expected, ratio = line.at(x), 1.0
+        if self.known[what, kind] and expected > 0:
+            ratio = min(OUTLIER, max(1 / OUTLIER, seconds / expected))
+            seconds = expected * ratio
+        line.add(x, seconds)
+        self.table[2 * what : 2 * what + 2, kind] = line.start, line.slope
+        self.known[what, kind] = True
+        if self.unseen:
+            self._guess()
+        return ratio
+
+    def _guess(self) -> None:
+        for what, default in ((0, (0.0, PROMPT_TOKEN)), (1, (NEXT_TOKEN, TPOT_LEAST * NEXT_TOKEN))):
+            known, rows = self.known[what], self.table[2 * what : 2 * what + 2]
+            fastest = rows[:, known].min(axis=1) if known.any() else np.array(default)
+            rows[:, ~known] = fastest[:, None]
+        self.unseen = int((~self.known).sum())

@@ -7,8 +7,8 @@ Python's own, so they mean something in this process alone.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,67 +23,89 @@ DEFAULT_CHUNKS = 16384
 """Remembered of an engine that does not tell how much its cache holds."""
 
 
-class Size(NamedTuple):
-    """How long a prompt is."""
+class Prompt(NamedTuple):
+    """What is known of a prompt before any engine read it."""
 
+    chunks: tuple[int, ...]
     tokens: int
     """Estimated, unless it came as token ids."""
     least: int
-
-
-def _text_of(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    rest = message.get("tool_calls") or message.get("tool_call_id")
-    text = content if isinstance(content, str) else str(content)
-    return f"{message.get('role')}\0{text}\0{rest or ''}\0"
-
-
-def _first(path: str, body: Mapping[str, Any]) -> str | Sequence[int]:
-    """What an engine's cache would be looked up by: a conversation, or the first of the prompts."""
-    if path == "/v1/chat/completions":
-        tools = body.get("tools")
-        messages = "".join([_text_of(message) for message in body.get("messages") or ()])
-        return f"{tools}\0{messages}" if tools else messages
-    prompt = body.get("prompt") or ""
-    return prompt[0] if isinstance(prompt, list) and not isinstance(prompt[0], int) else prompt
+    """It has at least so many."""
 
 
 def chunks_of(path: str, body: Mapping[str, Any]) -> tuple[int, ...]:
     """A hash for each full chunk of the prompt, that covers all chunks before it, the model and the salt: 256 bytes of
     text or 64 token ids. Of several prompts the first counts; texts to embed have none, as engines do not look
     them up."""
+    return read_prompt(path, body).chunks
+
+
+def read_prompt(path: str, body: Mapping[str, Any]) -> Prompt:
+    """Tokens are of all prompts of the request together; of texts to embed, of the longest, as each is a sequence of
+    its own."""
     if path == "/v1/embeddings":
-        return ()
-    root = hash((path, body.get("model"), body.get("cache_salt")))
-    prompt = _first(path, body)
-    pieces: Iterable[Any]
-    if isinstance(prompt, str):
-        data, width = prompt.encode(errors="surrogatepass"), CHUNK * BYTES
-        pieces = [data[at : at + width] for at in range(0, len(data) - width + 1, width)]
-    else:
-        pieces = [tuple(prompt[at : at + CHUNK]) for at in range(0, len(prompt) - CHUNK + 1, CHUNK)]
-    return tuple(accumulate(pieces, lambda before, piece: hash((before, piece)), initial=root))[1:]
-
-
-def size_of(path: str, body: Mapping[str, Any]) -> Size:
-    """Of all prompts of a request together; of texts to embed, the longest, as each is a sequence of its own."""
+        sizes = [_size(_data(each)) for each in _each(body.get("input"))]
+        tokens, least = max(sizes, default=(1, 1))
+        return Prompt((), max(1, tokens), max(1, least))
     if path == "/v1/chat/completions":
-        return _sum([_one(_first(path, body))])
-    given = body.get("input" if path == "/v1/embeddings" else "prompt") or ""
-    several = isinstance(given, list) and not isinstance(given[0], int)
-    sizes = [_one(each) for each in (given if several else [given])]
-    return max(sizes) if path == "/v1/embeddings" else _sum(sizes)
+        tools = body.get("tools")
+        pieces = [_text_of(message) for message in body.get("messages") or ()]
+        prompts = [_data("".join([str(tools), *pieces] if tools else pieces))]
+    else:
+        prompts = [_data(each) for each in _each(body.get("prompt"))]
+    sizes = [_size(data) for data in prompts]
+    root = hash((path, body.get("model"), body.get("cache_salt")))
+    return Prompt(
+        _chain(root, prompts[0]) if prompts else (),
+        max(1, sum(tokens for tokens, _ in sizes)),
+        max(1, sum(least for _, least in sizes)),
+    )
 
 
-def _one(prompt: str | Sequence[int]) -> Size:
-    if not isinstance(prompt, str):
-        return Size(len(prompt), len(prompt))
-    count = len(prompt.encode(errors="surrogatepass"))
-    return Size(-(-count // BYTES), count // MOST_BYTES)
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    rest = message.get("tool_calls") or message.get("tool_call_id") or ""
+    return f"{message.get('role')}\0{content}\0{rest}\0"
 
 
-def _sum(sizes: Sequence[Size]) -> Size:
-    return Size(max(1, sum(size.tokens for size in sizes)), max(1, sum(size.least for size in sizes)))
+def _each(given: Any) -> Sequence[Any]:
+    """A text, token ids, or several of them, as several."""
+    if not given:
+        return ()
+    return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+
+
+def _data(prompt: str | Sequence[int]) -> bytes | Sequence[int]:
+    return prompt.encode(errors="surrogatepass") if isinstance(prompt, str) else prompt
+
+
+def _size(data: bytes | Sequence[int]) -> tuple[int, int]:
+    count = len(data)
+    return (-(-count // BYTES), count // MOST_BYTES) if isinstance(data, bytes) else (count, count)
+
+
+def _chain(root: int, data: bytes | Sequence[int]) -> tuple[int, ...]:
+    width = CHUNK * BYTES if isinstance(data, bytes) else CHUNK
+    chunks = []
+    for at in range(0, len(data) - width + 1, width):
+        piece = data[at : at + width]
+        root = hash((root, piece if isinstance(piece, bytes) else tuple(piece)))
+        chunks.append(root)
+    return tuple(chunks)
+
+
+@lru_cache(4096)
+def _bits(mask: int, rows: int) -> np.ndarray:
+    """float64 [rows] of 0 and 1; not to be written."""
+    data = np.frombuffer(mask.to_bytes(-(-rows // 8), "little"), np.uint8)
+    return np.unpackbits(data, count=rows, bitorder="little").astype(np.float64)
+
+
+def _deeper(found: np.ndarray | None, mask: int, depth: int, rows: int) -> np.ndarray:
+    if not depth:
+        return np.zeros(rows)
+    here = _bits(mask, rows) * depth
+    return here if found is None else np.maximum(found, here)
 
 
 class PrefixTable:
@@ -103,30 +125,17 @@ class PrefixTable:
         self._most[row] = DEFAULT_CHUNKS if chunks is None else chunks
 
     def match(self, chunks: Sequence[int], rows: int) -> np.ndarray:
-        """int64 [rows]: with how many of these chunks, from the first on, each row is familiar."""
-        masks: list[int] = []
-        depths: list[int] = []
-        known, mask = self._rows, -1
-        for depth, chunk in enumerate(chunks):
+        """float64 [rows]: with how many of these chunks, from the first on, each row is familiar."""
+        known, mask, depth, found = self._rows, -1, 0, None
+        for chunk in chunks:
             left = known.get(chunk, 0) & mask
             if left != mask:
-                if depth:
-                    masks.append(mask)
-                    depths.append(depth)
+                found = _deeper(found, mask, depth, rows)
                 if not left:
-                    break
+                    return found
                 mask = left
-        else:
-            if chunks:
-                masks.append(mask)
-                depths.append(len(chunks))
-        if not masks:
-            return np.zeros(rows, np.int64)
-        # masks shrink: a row's depth is where it is last seen
-        width = -(-rows // 8)
-        data = np.frombuffer(b"".join([mask.to_bytes(width, "little") for mask in masks]), np.uint8)
-        bits = np.unpackbits(data.reshape(len(masks), width), axis=1, count=rows, bitorder="little")
-        return (bits * np.array(depths)[:, None]).max(axis=0)
+            depth += 1
+        return _deeper(found, mask, depth, rows)
 
     def depth(self, row: int, chunks: Sequence[int]) -> int:
         """As `match`, of one row."""

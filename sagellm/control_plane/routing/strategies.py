@@ -6,8 +6,7 @@ What is still equal goes to the engine that was chosen longest ago, and before e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -23,10 +22,6 @@ TOKENS_PER_REQUEST = 2048
 SLACK, TIMES = 4, 1.5
 """The engine with the longest beginning is passed over where it has more than 4 requests beyond 1.5 times those of the
 least busy one."""
-PROMPT_TOKEN, NEXT_TOKEN = 1e-4, 0.02
-"""Seconds that are assumed as long as no engine was seen."""
-KV_FULL = 0.9
-"""Part of the KV cache from which on sequences are soon put back."""
 NO_PARTS: Mapping[str, np.ndarray] = {}
 
 
@@ -34,10 +29,31 @@ NO_PARTS: Mapping[str, np.ndarray] = {}
 class Weights:
     """What `composite` adds to the predicted seconds."""
 
+    others: float = field(default=1.0, validator=checks.number(0))
+    """Seconds for each that one of the requests there is held up while the prompt is computed: at 1 the cost is that of
+    all requests together, and what is cached counts for more where much is going on."""
     hardware: float = field(default=0.05, validator=checks.number(0))
     """Seconds for each step down the order of `fleet.HARDWARE`."""
     price: float = field(default=100.0, validator=checks.number(0))
     """Seconds for each unit of money that prompt and output cost."""
+
+
+class Predicted(NamedTuple):
+    """What a request would meet at each engine; arrays [rows], seconds."""
+
+    waiting: np.ndarray
+    """Until its prompt's turn: the prompts before it, or as long as the queue that the engine reports takes to shrink,
+    one request for each that ends."""
+    computing: np.ndarray
+    """For the tokens of the prompt that are not cached."""
+    prompt: np.ndarray
+    """From its turn to its first token."""
+    output: np.ndarray
+    """For the output after that."""
+    tpot: np.ndarray
+    """For each token of it."""
+    cached: np.ndarray
+    """Prompt tokens that are taken to be in the cache."""
 
 
 class Candidates:
@@ -45,73 +61,37 @@ class Candidates:
 
     def __init__(self, fleet: Fleet, request: Ask, able: np.ndarray):
         self.fleet, self.request, self.able = fleet, request, able
-        self.rows = fleet.rows
+        self.columns = fleet.columns
 
-    @cached_property
-    def busy(self) -> np.ndarray:
-        """Requests there, from here and from elsewhere."""
-        return self.rows["active"] + self.rows["others"]
-
-    @cached_property
     def load(self) -> np.ndarray:
         """Requests; a full KV cache, or prompts still to be computed, count as some more."""
-        return self.busy + self.rows["kv_use"] + self.rows["ahead"] / TOKENS_PER_REQUEST
+        c = self.columns
+        return c.active + c.others + c.kv_use + c.ahead * (1 / TOKENS_PER_REQUEST)
 
-    @cached_property
     def cached(self) -> np.ndarray:
-        """Prompt tokens that are taken to be in the cache."""
-        depth = self.fleet.prefixes.match(self.request.chunks, len(self.rows))
+        depth = self.fleet.prefixes.match(self.request.chunks, len(self.columns))
         return np.minimum(depth * self.fleet.chunk_tokens, self.request.prompt_tokens - 1)
 
-    @cached_property
-    def guessed(self) -> np.ndarray:
-        """bool: nothing was seen of its speed yet, so it is taken to be as fast as the fastest."""
-        return ~(self.rows["ttft_known"] & self.rows["tpot_known"])
+    def predict(self) -> Predicted:
+        c, request = self.columns, self.request
+        start, token, after, beside = self.fleet.speeds.table[:, c.kind]
+        token *= c.ttft_factor
+        tpot = (after + beside * (c.active + c.others + 1)) * c.tpot_factor
+        output = tpot * self.fleet.output_of(request)
+        cached = self.cached()
+        computing = (request.prompt_tokens - cached) * token
+        waiting = np.maximum(c.ahead * token, c.queue * output)
+        return Predicted(waiting, computing, start * c.ttft_factor + computing, output, tpot, cached)
 
-    @cached_property
-    def prompt_token(self) -> np.ndarray:
-        """Seconds for each prompt token."""
-        return self._or_fastest("ttft_token", "ttft_known", PROMPT_TOKEN)
-
-    @cached_property
-    def tpot(self) -> np.ndarray:
-        """Seconds to each next token, with this request there."""
-        rows = self.rows
-        start = self._or_fastest("tpot_start", "tpot_known", NEXT_TOKEN)
-        return start + rows["tpot_request"] * (self.busy + 1)
-
-    def _or_fastest(self, name: str, known: str, default: float) -> np.ndarray:
-        seen = self.rows[known]
-        fastest = float(np.min(self.rows[name], where=seen & self.able, initial=np.inf))
-        return np.where(seen, self.rows[name], default if fastest == np.inf else fastest)
-
-    @cached_property
-    def output(self) -> np.ndarray:
-        """Seconds for the output after its first token."""
-        return self.tpot * self.fleet.output_of(self.request)
-
-    @cached_property
-    def waiting(self) -> np.ndarray:
-        """Seconds until its prompt's turn: those before it, or as long as the queue that the engine reports takes to
-        shrink, one request for each that ends."""
-        rows = self.rows
-        queue = rows["waiting"] * self.output / np.maximum(rows["running"], 1)
-        return np.maximum(rows["ahead"] * self.prompt_token, queue)
-
-    @cached_property
-    def prompt(self) -> np.ndarray:
-        """Seconds for the tokens of the prompt that are not cached."""
-        return self.rows["ttft_start"] + (self.request.prompt_tokens - self.cached) * self.prompt_token
-
-    @cached_property
-    def ttft(self) -> np.ndarray:
-        return self.waiting + self.prompt
-
-    @cached_property
     def price(self) -> np.ndarray:
         """Of prompt and output; 0 where the engine has no price."""
-        cost = np.nan_to_num(self.rows["cost"])
-        return cost * (self.request.prompt_tokens + self.fleet.output_of(self.request))
+        return self.columns.cost * (self.request.prompt_tokens + self.fleet.output_of(self.request))
+
+    def guessed(self) -> Mapping[str, np.ndarray]:
+        """A part of the score, bool: nothing was seen of engines of its kind, so it is taken to be as fast as the
+        fastest. None where there is no such kind."""
+        speeds = self.fleet.speeds
+        return {"guessed": ~speeds.known.all(axis=0)[self.columns.kind]} if speeds.unseen else NO_PARTS
 
 
 class Score(NamedTuple):
@@ -141,7 +121,8 @@ class LeastLoaded:
     name = "least_loaded"
 
     def score(self, seen: Candidates) -> Score:
-        return Score((seen.load,), {"load": seen.load})
+        load = seen.load()
+        return Score((load,), {"load": load})
 
 
 class PrefixAffinity:
@@ -150,10 +131,10 @@ class PrefixAffinity:
     name = "prefix_affinity"
 
     def score(self, seen: Candidates) -> Score:
-        least = np.min(seen.load, where=seen.able, initial=np.inf)
-        much_busier = seen.load > TIMES * least + SLACK
-        parts = {"cached_tokens": seen.cached, "load": seen.load, "much_busier": much_busier}
-        return Score((much_busier, -seen.cached, seen.load), parts)
+        load, cached = seen.load(), seen.cached()
+        much_busier = load > TIMES * np.minimum.reduce(load[seen.able]) + SLACK
+        parts = {"cached_tokens": cached, "load": load, "much_busier": much_busier}
+        return Score((much_busier, -cached, load), parts)
 
 
 class SLO:
@@ -163,21 +144,15 @@ class SLO:
     name = "slo"
 
     def score(self, seen: Candidates) -> Score:
-        request = seen.request
-        late = np.zeros(len(seen.rows), np.bool_)
+        request, predicted, price, load = seen.request, seen.predict(), seen.price(), seen.load()
+        ttft = predicted.waiting + predicted.prompt
+        late = np.zeros(len(ttft), np.bool_)
         if request.deadline_ms is not None:
-            late |= seen.ttft * 1e3 > request.deadline_ms
+            late |= ttft * 1e3 > request.deadline_ms
         if request.tbt_ms is not None:
-            late |= seen.tpot * 1e3 > request.tbt_ms
-        parts = {
-            "ttft_s": seen.ttft,
-            "tpot_s": seen.tpot,
-            "late": late,
-            "price": seen.price,
-            "load": seen.load,
-        }
-        keys = (late, np.where(late, seen.ttft, 0.0), seen.price, seen.load)
-        return Score(keys, parts | {"guessed": seen.guessed})
+            late |= predicted.tpot * 1e3 > request.tbt_ms
+        parts = {"ttft_s": ttft, "tpot_s": predicted.tpot, "late": late, "price": price, "load": load}
+        return Score((late, ttft * late, price, load), {**parts, **seen.guessed()})
 
 
 class HardwareFirst:
@@ -186,13 +161,13 @@ class HardwareFirst:
     name = "hardware_first"
 
     def score(self, seen: Candidates) -> Score:
-        hardware = seen.rows["hardware"].copy()
-        return Score((hardware, seen.load), {"hardware": hardware, "load": seen.load})
+        hardware, load = seen.columns.hardware.copy(), seen.load()
+        return Score((hardware, load), {"hardware": hardware, "load": load})
 
 
 class Composite:
-    """The least predicted cost in seconds: waiting, the prompt that is not cached, the output, and what hardware and
-    price add."""
+    """The least predicted cost in seconds: waiting, the prompt that is not cached, the output, the others there that
+    are held up, and what hardware and price add."""
 
     name = "composite"
 
@@ -200,35 +175,38 @@ class Composite:
         self.weights = weights
 
     def score(self, seen: Candidates) -> Score:
-        rows, weights = seen.rows, self.weights
+        c, weights, predicted = seen.columns, self.weights, seen.predict()
+        held_up = weights.others * predicted.computing * c.active
         # a cache that is nearly full puts sequences back: up to the output's time once more
-        crowded = np.clip((rows["kv_use"] - KV_FULL) / (1 - KV_FULL), 0, 1) * seen.output
-        hardware, price = weights.hardware * rows["hardware"], weights.price * seen.price
-        cost = seen.ttft + seen.output + crowded + hardware + price
+        crowded = c.crowded * predicted.output
+        hardware, price = weights.hardware * c.hardware, weights.price * seen.price()
+        cost = predicted.waiting + predicted.prompt + predicted.output + held_up + crowded + hardware + price
         parts = {
             "cost_s": cost,
-            "waiting_s": seen.waiting,
-            "prompt_s": seen.prompt,
-            "output_s": seen.output,
+            "waiting_s": predicted.waiting,
+            "prompt_s": predicted.prompt,
+            "output_s": predicted.output,
+            "others_s": held_up,
             "crowded_s": crowded,
             "hardware_s": hardware,
             "price_s": price,
-            "cached_tokens": seen.cached,
-            "guessed": seen.guessed,
+            "cached_tokens": predicted.cached,
+            **seen.guessed(),
         }
         return Score((cost,), parts)
 
 
-def _without_weights(kind: type[Strategy]):
+def _plain(kind: Callable[[], Strategy]) -> Callable[[Weights], Strategy]:
     return lambda weights: kind()
 
 
-STRATEGIES = {
-    Composite.name: Composite,
-    **{
-        kind.name: _without_weights(kind)
-        for kind in (RoundRobin, LeastLoaded, PrefixAffinity, SLO, HardwareFirst)
-    },
+STRATEGIES: Mapping[str, Callable[[Weights], Strategy]] = {
+    "composite": Composite,
+    "round_robin": _plain(RoundRobin),
+    "least_loaded": _plain(LeastLoaded),
+    "prefix_affinity": _plain(PrefixAffinity),
+    "slo": _plain(SLO),
+    "hardware_first": _plain(HardwareFirst),
 }
 """By name; composite is the default."""
 
