@@ -46,7 +46,7 @@ builtin.module {
 }
 """
 TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-KEPT = {"narrow": (1, 40, 1000, 7), "wide": (0, 40, 1500, 7)}
+KEPT = {"filtered": (1, 40, 1000, 7), "filtered_widely": (0, 40, 1500, 7)}
 """k of four rows: as the call of Ascend takes it, and as it does not."""
 
 OnRank = Callable[[int, Any], Tensor]

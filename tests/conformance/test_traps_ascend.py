@@ -11,6 +11,7 @@ from sagellm import backends
 from sagellm.backends import sampling
 from sagellm.backends.ascend import kernels
 from sagellm.backends.ascend.contract import CONTRACT
+from sagellm.conformance import operations
 from sagellm.conformance.stand_in import ContractBroken, checked
 from sagellm.models.config import load_config
 from sagellm.models.decoder import build_model
@@ -109,6 +110,17 @@ def test_a_product_and_its_sum_want_the_matrix_transposed_and_a_group():
     assert "nothing empty" in broken("constraints", "npu_mm_all_reduce_base", x[:0], w.t(), "group")
     assert "hcom" in broken("constraints", "npu_mm_all_reduce_base", x, w.t(), "")
     assert "missing" in broken("bind", "npu_mm_all_reduce_base", x, w.t())
+
+
+def test_a_sum_that_is_left_out_is_noticed():
+    """By what verify-backend compares of operations that no model has: two ranks in lockstep."""
+    summed = operations.compute("cpu", "float32")
+    alone = operations.compute(
+        "cpu", "float32", lambda work: [work(rank, operations.Alone()) for rank in (0, 1)]
+    )
+    assert operations.apart(summed, summed) == (0, 0)
+    assert operations.apart(alone, summed)[0] > 0.1
+    torch.testing.assert_close(alone["summed"][0] + alone["summed"][1], summed["summed"][0])
 
 
 def test_trap_2_the_cache_mode_left_out_or_misspelt():
