@@ -12,8 +12,10 @@ import torch
 from attrs import define
 
 from sagellm import backends
+from sagellm.backends import networks
+from sagellm.backends.comm import open_store
 from sagellm.backends.contract import CONFIDENCE, Contract
-from sagellm.conformance import models, mutations, scenario, stand_in
+from sagellm.conformance import models, mutations, operations, scenario, stand_in
 from sagellm.errors import UserError
 from sagellm.models.config import load_config
 
@@ -24,6 +26,8 @@ ROUNDED = 1.5
 
 CAUGHT = 0.95
 """Least part of the errors that has to be caught."""
+STEPS = 1
+"""Of int8, where a value lies between two of them: kernels round before they quantise, or do not."""
 APART = {"bfloat16": 2e-2, "float16": 2.5e-3}
 """Mean distance of logits from the CPU backend's in the same type, as a part of the largest: some roundings."""
 
@@ -66,6 +70,7 @@ def verify(
                 yield Finding("constraints", name, folder is None, f"refused: {refusal}")
             else:
                 yield from _numbers(target, name, where, record)
+    yield from _operations(target)
     if not contract.calls:
         yield Finding("bind", "all", True, "no vendor calls: stock torch on the vendor's device")
         return
@@ -141,6 +146,29 @@ def _numbers(target: str, name: str, folder: Path, record: stand_in.Record) -> I
     )
 
 
+def _operations(target: str) -> Iterator[Finding]:
+    """Those that the models do not have, in float32 and in the backend's own type."""
+    vendor = type(backends.load(target))
+    own = backends.load(target).capability.dtypes[0]
+    for widened in (True, False):
+        vendor.widened = widened
+        try:
+            ours = operations.compute(target, own)
+        except stand_in.ContractBroken as error:
+            yield Finding(error.layer, "operations", False, str(error))
+            return
+        finally:
+            vendor.widened = False
+        distance, steps = operations.apart(ours, operations.compute("cpu", "float32" if widened else own))
+        yield Finding(
+            "numbers",
+            "operations",
+            distance <= (EXACT if widened else APART[own]) and steps <= STEPS,
+            f"{', '.join(ours)} in {'float32' if widened else own}: at most {distance:.1e} of the largest and {steps} "
+            "steps of int8 apart",
+        )
+
+
 def verify_host_code(target: str, folder: Path | None = None) -> Iterator[Finding]:
     """Run the same over the vendor's own host code, where there is a fake device for it: shapes, kernels, numbers."""
     from sagellm.conformance.fake_cann.build import Unavailable
@@ -165,6 +193,12 @@ def verify_host_code(target: str, folder: Path | None = None) -> Iterator[Findin
                     f"{own}: {count} logits {mean / scale:.1e} of the largest apart on average, {distance / scale:.1e} "
                     "at most",
                 )  # fmt: skip
+            seen.wrong.clear()
+            distance, steps = _operations_alone(target, own)
+            said = f"{own}: at most {distance:.1e} of the largest and {steps} steps of int8 apart"
+            good = distance <= APART[own] and steps <= STEPS and not seen.wrong
+            yield Finding("trace", "operations", good, "; ".join(seen.wrong) or said)
+            wrong += seen.wrong
             yield Finding(
                 "shape", "all", True, f"{seen.shapes} forms of calls agree with the vendor's inference"
             )
@@ -177,6 +211,22 @@ def verify_host_code(target: str, folder: Path | None = None) -> Iterator[Findin
         yield Finding("trace", "all", True, f"NOT CHECKED: {error}")
     except stand_in.ContractBroken as error:
         yield Finding(error.layer, "all", False, str(error))
+
+
+def _operations_alone(target: str, dtype: str) -> tuple[float, int]:
+    """On the vendor's device, whose group has one rank; how far they are from the CPU backend's."""
+    vendor = backends.load(target).vendor
+    assert vendor is not None
+    store = open_store(1)
+    network = networks.connect(vendor, store.port, 0, 1)
+    try:
+        group = operations.Alone(network.group_name)
+        ours = operations.compute(target, dtype, lambda work: [work(0, group)])
+    finally:
+        network.close()
+    return operations.apart(
+        ours, operations.compute("cpu", dtype, lambda work: [work(0, operations.Alone())])
+    )
 
 
 def mutate(target: str, count: int) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ from xdsl.dialects.builtin import (
     f16,
     f32,
     f64,
+    i8,
     i64,
 )
 from xdsl.ir import Attribute, Data, TypeAttribute
@@ -33,7 +34,7 @@ from xdsl.utils.exceptions import VerifyException
 
 from sagellm.errors import UserError
 
-DTYPES: dict[str, Attribute] = {"float32": f32, "bfloat16": bf16, "float16": f16, "int64": i64}
+DTYPES: dict[str, Attribute] = {"float32": f32, "bfloat16": bf16, "float16": f16, "int64": i64, "int8": i8}
 DTYPE_NAMES = {attr: name for name, attr in DTYPES.items()}
 
 FLAG = UnitAttr()

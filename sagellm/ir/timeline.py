@@ -1,8 +1,9 @@
 """What a function of the model graph is predicted to take: each operation on one of two lanes, compute and network.
 
 Operations start in their order. A collective that stands for itself keeps the compute lane waiting; `comm.start` does
-not, and `comm.wait` waits for what is left. Attention counts the step's own tokens: a graph does not know what is
-cached.
+not, and `comm.wait` waits for what is left. `comm.linear_all_reduce` counts as a product and then a sum: what its
+kernel hides of the one behind the other is not known. Attention counts the step's own tokens: a graph does not know
+what is cached.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from itertools import chain
 
 import networkx
 from attrs import define, field, frozen
-from xdsl.dialects.builtin import TensorType
+from xdsl.dialects.builtin import DYNAMIC_INDEX, TensorType
 from xdsl.ir import Block, Operation, SSAValue
 
-from sagellm.ir.attrs import RowsType, dtype_name, last_dim
+from sagellm.ir.attrs import RowsType, dtype_name, last_dim, shape_of
 from sagellm.ir.dialects import comm, nn
 from sagellm.ir.edit import only_block, operations, users
 from sagellm.ir.graph import IRGraph, dependences
@@ -67,7 +68,7 @@ class Machine:
                 return 0.0
             case comm.Start() | nn.SplitRows() | nn.Split():
                 return self.costs.call
-            case nn.Linear():
+            case nn.Linear() | comm.LinearAllReduce():
                 return self.costs.product(
                     rows[op.result], last_dim(op.x.type), last_dim(op.result.type), dtype_name(op.result.type)
                 )
@@ -94,7 +95,7 @@ class Machine:
         kind = op.collective.data if isinstance(op, comm.Start) else _NAMES.get(op.name)
         if kind is None:
             return 0.0
-        value = op.results[0] if isinstance(op, comm.Recv) else op.operands[0]
+        value = op.results[0] if isinstance(op, (comm.Recv, comm.LinearAllReduce)) else op.operands[0]
         return self.topology.seconds(kind, _bytes(value, rows), self.ranks)
 
     def rows(self, block: Block) -> dict[SSAValue, int]:
@@ -114,13 +115,16 @@ class Machine:
         return counts
 
 
-_NAMES = {f"comm.{kind}": kind for kind in (*comm.COLLECTIVES, "send", "recv")}
+_NAMES = {f"comm.{kind}": kind for kind in (*comm.COLLECTIVES, "send", "recv")} | {
+    "comm.linear_all_reduce": "all_reduce"
+}
 
 
 def _bytes(value: SSAValue, rows: Mapping[SSAValue, int]) -> float:
     if not isinstance(value.type, TensorType):
         return 0.0
-    return rows[value] * last_dim(value.type) * DTYPE_BYTES.get(dtype_name(value.type), 8)
+    fixed = math.prod(size for size in shape_of(value.type) if size != DYNAMIC_INDEX)
+    return rows[value] * fixed * DTYPE_BYTES.get(dtype_name(value.type), 8)
 
 
 @define

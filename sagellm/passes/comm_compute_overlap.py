@@ -20,13 +20,14 @@ from sagellm.ir.timeline import Machine, list_schedule, seconds, simulate
 from sagellm.passes.driver import Pass, PassContext
 
 BY_ROW = (
-    nn.Linear, nn.RmsNorm, nn.Add, nn.AddRmsNorm, nn.Silu, nn.Mul, nn.SiluMul, nn.Split, nn.Cast, comm.AllReduce,
+    nn.Linear, nn.RmsNorm, nn.Add, nn.AddRmsNorm, nn.Quantize, nn.RmsNormQuantize, nn.AddRmsNormQuantize, nn.Silu,
+    nn.Mul, nn.SiluMul, nn.Split, nn.Cast, comm.AllReduce, comm.LinearAllReduce,
 )  # fmt: skip
 """Operations that do the same to each token, whatever the others are."""
 NEEDED = {"comm.start", "comm.wait", "nn.split_rows", "nn.join_rows"}
 MARGIN = 0.01
 """Part of a function's time that a gain must be: what is less, a prediction cannot tell."""
-COLLECTIVES = tuple(comm.COLLECTIVES.values())
+COLLECTIVES = (*comm.COLLECTIVES.values(), comm.LinearAllReduce)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class CommComputeOverlap(Pass):
     scheduling on its dependences, with the costs of the device and of the network. Where that pays more, what is done
     token by token around the collectives is done for each half of the tokens, so that one half is computed while the
     other is on its way (TokenWeave, Gond et al. 2025; NanoFlow, Zhu et al. 2024). The weights are then read twice.
+    A product that was fused with its sum is taken apart for it, and stays fused where this declines.
 
     Declines where neither is predicted to be faster for all numbers of tokens that the graph is made for, such as small
     messages, where that number is not known, and where the backend cannot begin a collective.
@@ -160,6 +162,8 @@ def begin_early(block: Block) -> None:
     """Each collective becomes a start and a wait."""
     for op in list(operations(block)):
         if isinstance(op, COLLECTIVES):
+            if isinstance(op, comm.LinearAllReduce):
+                op = _apart(op)
             kind = op.name.removeprefix("comm.")
             start = comm.Start.create(
                 operands=op.operands,
@@ -169,6 +173,19 @@ def begin_early(block: Block) -> None:
             wait = comm.Wait.create(operands=[start.result], result_types=op.result_types)
             insert_after(op, created(start), wait)
             replace(op, [wait.result])
+
+
+def _apart(op: comm.LinearAllReduce) -> comm.AllReduce:
+    """A product, and its sum."""
+    product = nn.Linear.create(
+        operands=op.operands, result_types=op.result_types, properties={"weight": op.weight}
+    )
+    total = comm.AllReduce.create(
+        operands=[product.results[0]], result_types=op.result_types, properties={"group": op.group}
+    )
+    insert_before(op, created(product), total)
+    replace(op, [total.result])
+    return total
 
 
 def reorder(block: Block, order: list[Operation]) -> None:

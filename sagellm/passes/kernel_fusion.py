@@ -10,7 +10,7 @@ from xdsl.ir import Operation
 from sagellm.ir.attrs import dtype_name, last_dim, shape_of, tensor
 from sagellm.ir.build import created, properties
 from sagellm.ir.check import weight_names
-from sagellm.ir.dialects import nn, weights
+from sagellm.ir.dialects import comm, nn, weights
 from sagellm.ir.edit import (
     erase,
     insert_after,
@@ -30,13 +30,16 @@ from sagellm.passes.driver import Pass, PassContext, rewrites
 
 @dataclass(frozen=True)
 class KernelFusion(Pass):
-    """Merges linears that read one input (q/k/v, gate/up), add + rms_norm, silu * up, and rope + KV write, with the
-    norms of q and k where there are some.
+    """Merges linears that read one input (q/k/v, gate/up), add + rms_norm, silu * up, rope + KV write, with the
+    norms of q and k where there are some, (add +) rms_norm + quantize, a product and its sum over the ranks, and the
+    top-k and top-p filters.
 
     Merged linears become one matrix product; the weights program joins their matrices at load time.
     Declines where the backend has no kernel for the fused operation, where only some of the linears have a bias,
-    where a weight is used a second time, for silu * up when the two are not halves of one product, and for the KV
-    write where rotated keys are read by something else.
+    where a weight is used a second time, for silu * up when the two are not halves of one product, for the KV
+    write where rotated keys are read by something else, for a norm that is also read as it is, and for a product with
+    a bias or a packed matrix, or that is read before it is summed. Whether a fused sum stays so, or runs beside other
+    work, is for comm-compute-overlap to predict.
     """
 
     name: ClassVar[str] = "kernel-fusion"
@@ -119,6 +122,78 @@ class KernelFusion(Pass):
         self.applied(context, op, "add + rms_norm -> add_rms_norm")
         replace(op, [fused.normed])
         replace(add, [fused.total])
+
+    @rewrites(nn.Quantize)
+    def norm_quantize(self, op: nn.Quantize, graph: IRGraph, context: PassContext) -> None:
+        norm = maker(op.x)
+        if isinstance(norm, nn.RmsNorm) and norm.heads is None:
+            kind, before = nn.RmsNormQuantize, []
+        elif isinstance(norm, nn.AddRmsNorm) and norm.normed is op.x:
+            kind, before = nn.AddRmsNormQuantize, [norm.total]
+        else:
+            return
+        if kind.name not in context.capability.kernels:
+            self.declined(context, op, f"{context.capability.backend} has no {kind.name}")
+            return
+        if users(op.x) != [op]:
+            self.declined(context, op, "the norm is also read as it is")
+            return
+        fused = kind.create(
+            operands=norm.operands,
+            result_types=[*(value.type for value in before), *op.result_types],
+            properties={"weight": norm.weight, "eps": norm.eps},
+        )
+        insert_before(norm, fused)
+        self.applied(
+            context, op, f"{norm.name.removeprefix('nn.')} + quantize -> {kind.name.removeprefix('nn.')}"
+        )
+        replace(op, fused.results[len(before) :])
+        for value, result in zip(before, fused.results):
+            value.replace_all_uses_with(result)
+            result.name_hint = value.name_hint
+        erase(norm)
+
+    @rewrites(comm.AllReduce)
+    def linear_all_reduce(self, op: comm.AllReduce, graph: IRGraph, context: PassContext) -> None:
+        linear = maker(op.x)
+        if not isinstance(linear, nn.Linear):
+            return
+        what = f"@{linear.weight.root_reference.data}"
+        if "comm.linear_all_reduce" not in context.capability.kernels:
+            self.declined(context, op, f"{what}: {context.capability.backend} has no comm.linear_all_reduce")
+            return
+        if users(linear.result) != [op]:
+            self.declined(context, op, f"{what}: its product is read before it is summed")
+            return
+        if linear.bias is not None:
+            self.declined(context, op, f"{what}: its product has a bias")
+            return
+        if linear.layout is not None:
+            self.declined(context, op, f"{what} is packed as {linear.layout.data}")
+            return
+        fused = comm.LinearAllReduce.create(
+            operands=[linear.x],
+            result_types=[op.result.type],
+            properties={"weight": linear.weight, "group": op.group},
+        )
+        insert_before(op, fused)
+        self.applied(context, op, f"{what}: linear + all_reduce -> linear_all_reduce")
+        replace(op, [fused.result])
+        erase(linear)
+
+    @rewrites(nn.TopP)
+    def top_k_top_p(self, op: nn.TopP, graph: IRGraph, context: PassContext) -> None:
+        top_k = maker(op.logits)
+        if not isinstance(top_k, nn.TopK) or top_k.how is not op.how or users(top_k.result) != [op]:
+            return
+        if "nn.top_k_top_p" not in context.capability.kernels:
+            self.declined(context, op, f"{context.capability.backend} has no nn.top_k_top_p")
+            return
+        fused = nn.TopKTopP.create(operands=top_k.operands, result_types=[op.result.type])
+        insert_before(op, created(fused))
+        self.applied(context, op, "top_k + top_p -> top_k_top_p")
+        replace(op, [fused.result])
+        erase(top_k)
 
     @rewrites(nn.KvWrite)
     def rope_kv_write(self, op: nn.KvWrite, graph: IRGraph, context: PassContext) -> None:

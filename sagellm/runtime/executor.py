@@ -221,6 +221,9 @@ class Executor:
             bound = np.flatnonzero(c.stages[rows] & Stage.GRAMMAR)
             how["grammar_rows"] = put(bound)
             how["allowed"] = put(allowed_tokens(c, rows[bound]))
+        if (c.stages[rows] & Stage.TOP_K).any():
+            k = c.top_k[rows][c.stages[rows] & Stage.DRAW > 0]
+            how["top_k_span"] = int(k.min()), int(k.max())
         if (c.stages[rows] & Stage.BIAS).any():
             some = biases(c, rows, lengths)
             how |= dict(zip(("bias_rows", "bias_tokens", "bias"), map(put, some)))

@@ -39,6 +39,11 @@ with fake_ascend() as seen:
         drawn = SamplingParams(max_tokens=8, temperature=0.8, top_k=20, top_p=0.9, seed=3, logprobs=2)
         first = [one.generate([prompts[0]], drawn)[0] for _ in range(2)]
         assert first[0].token_ids == first[1].token_ids
+        filtered = seen.calls["npu::npu_top_k_top_p"]
+        assert filtered > 0
+        wide = SamplingParams(max_tokens=4, temperature=0.8, top_k=1025, top_p=0.9, seed=3)
+        assert len(one.generate([prompts[0]], wide)[0].token_ids) == 4
+        assert seen.calls["npu::npu_top_k_top_p"] == filtered, "k is more than the call takes"
 
         async def leaves():
             request = GenerateRequest(id="gone", prompt=prompts[2], sampling=SamplingParams(max_tokens=200))

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from sagellm import backends
+from sagellm.backends import sampling
+from sagellm.backends.ascend import kernels
 from sagellm.backends.ascend.contract import CONTRACT
+from sagellm.conformance import operations
 from sagellm.conformance.stand_in import ContractBroken, checked
 from sagellm.models.config import load_config
 from sagellm.models.decoder import build_model
@@ -53,6 +56,71 @@ def test_trap_1_k_and_p_exchanged():
     logits, p, k = torch.randn(2, 30), torch.tensor([0.9, 0.5]), torch.tensor([3, 5], dtype=torch.int32)
     assert (call("npu_top_k_top_p", logits, p, k) > -torch.inf).sum(1).tolist()[0] <= 3
     assert "k int32" in broken("constraints", "npu_top_k_top_p", logits, k, p)
+
+
+def test_tokens_as_likely_as_the_kth_stay():
+    logits, k = torch.tensor([[1.0, 3.0, 2.0, 2.0]]), torch.tensor([2], dtype=torch.int32)
+    kept = call("npu_top_k_top_p", logits, torch.ones(1), k)
+    assert kept.tolist() == [[-torch.inf, 3.0, 2.0, 2.0]]
+
+
+def test_filters_of_rows_that_the_call_does_not_take_are_in_stock_torch(monkeypatch):
+    """k of 0 keeps all, and the call has a largest k; which rows there are, the host knows."""
+    calls = []
+
+    def stand_in(*given):
+        calls.append(given)
+        return call("npu_top_k_top_p", *given)
+
+    monkeypatch.setattr(kernels.torch.ops, "npu", SimpleNamespace(npu_top_k_top_p=stand_in), raising=False)
+    logits, p = torch.randn(3, 3000), torch.tensor([0.9, 0.5, 1.0], dtype=torch.float64)
+    for drawing, k in (
+        ([0, 1, 2], (1, 1024, 7)),
+        ([0, 1], (5, 9, 0)),
+        ([0, 1, 2], (5, 9, 0)),
+        ([0], (1025, 2, 3)),
+    ):
+        span = min(k[i] for i in drawing), max(k[i] for i in drawing)
+        how = SimpleNamespace(top_k=torch.tensor(k), top_p=p, top_k_span=span)
+        calls.clear()
+        ours = kernels.top_k_top_p(logits, how)
+        assert len(calls) == (span[0] >= 1 and span[1] <= 1024)
+        theirs = sampling.top_p(sampling.top_k(logits, how.top_k), p)
+        assert torch.equal(ours[drawing], theirs[drawing])
+        assert torch.equal(ours.argmax(1), logits.argmax(1))
+
+
+def test_what_is_quantised_twice_or_smoothed_is_not_what_was_meant():
+    x, w = half(3, 8), half(8)
+    values, _, total, scales, _ = call("npu_add_rms_norm_dynamic_quant", x, x, w, output_mask=[True, False])
+    assert values.shape == x.shape and scales.shape == (3,) and torch.equal(total, x + x)
+    assert "output_mask is None" in broken("constraints", "npu_add_rms_norm_dynamic_quant", x, x, w)
+    smooth = {"smooth_scale1": w, "output_mask": [True, False]}
+    assert "without smoothing" in broken("constraints", "npu_add_rms_norm_dynamic_quant", x, x, w, **smooth)
+    assert "gamma" in broken(
+        "constraints", "npu_add_rms_norm_dynamic_quant", x, x, half(4), output_mask=[True, False]
+    )
+    assert "by token" in broken("constraints", "npu_dynamic_quant", x, quant_mode="pertensor")
+
+
+def test_a_product_and_its_sum_want_the_matrix_transposed_and_a_group():
+    x, w = half(3, 8), half(4, 8)
+    assert call("npu_mm_all_reduce_base", x, w.t(), "group").shape == (3, 4)
+    assert "[k, n]" in broken("constraints", "npu_mm_all_reduce_base", x, w, "group")
+    assert "nothing empty" in broken("constraints", "npu_mm_all_reduce_base", x[:0], w.t(), "group")
+    assert "hcom" in broken("constraints", "npu_mm_all_reduce_base", x, w.t(), "")
+    assert "missing" in broken("bind", "npu_mm_all_reduce_base", x, w.t())
+
+
+def test_a_sum_that_is_left_out_is_noticed():
+    """By what verify-backend compares of operations that no model has: two ranks in lockstep."""
+    summed = operations.compute("cpu", "float32")
+    alone = operations.compute(
+        "cpu", "float32", lambda work: [work(rank, operations.Alone()) for rank in (0, 1)]
+    )
+    assert operations.apart(summed, summed) == (0, 0)
+    assert operations.apart(alone, summed)[0] > 0.1
+    torch.testing.assert_close(alone["summed"][0] + alone["summed"][1], summed["summed"][0])
 
 
 def test_trap_2_the_cache_mode_left_out_or_misspelt():

@@ -32,6 +32,7 @@ def test_what_is_emitted_passes_all_layers(target, family, tmp_path):
     lines = [line for line in done.stdout.splitlines() if not line.startswith("Warning")]
     assert all(line.startswith("ok ") for line in lines)
     assert {line.split()[1] for line in lines} >= {"bind", "constraints", "numbers", "trace"}
+    assert any(line.split()[1:3] == ["numbers", "operations"] for line in lines)
     print(*(line for line in lines if "NOT CHECKED" in line))
     for kind in ("decode", "prefill", "decode+cascade", "decode+tree", "prefill+shared"):
         assert kind in lines[0]

@@ -50,6 +50,7 @@ EFFECTS = {
     "nn.rope_kv_write": ((), ("kv",)),
     "nn.attention": (("kv",), ()),
     "comm.all_reduce": (("network",), ("network",)),
+    "comm.linear_all_reduce": (("network",), ("network",)),
     "comm.all_gather": (("network",), ("network",)),
     "comm.reduce_scatter": (("network",), ("network",)),
     "comm.all_to_all": (("network",), ("network",)),

@@ -134,6 +134,6 @@ def test_halves_have_all_tokens_between_them():
     block, machine = layer(tokens=4097)
     halve(block)
     rows = machine.rows(block)
-    halves = [rows[op.result] for op in operations(block) if isinstance(op, comm.AllReduce)]
+    halves = [rows[op.result] for op in operations(block) if isinstance(op, comm.LinearAllReduce)]
     assert halves == [2049, 2048, 2049, 2048]
     assert 0 < MARGIN < 0.1

@@ -43,7 +43,7 @@ class AscendBackend(TorchBackend):
         )
 
     def kernels(self) -> Mapping[str, Line]:
-        return codegen.KERNELS_310P if self.chip == "310P" else codegen.KERNELS
+        return codegen.BY_CHIP[self.chip]
 
     def loads(self) -> Mapping[str, Line]:
         return codegen.LOADS

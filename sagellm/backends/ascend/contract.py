@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sagellm.backends.contract import Call, Contract, Rule, contiguous, one_of, read_schemas, same_dtype
+from sagellm.backends.references import GROUPS
 
 DOCS = "op-plugin docs"
 HALVES = (torch.bfloat16, torch.float16)
@@ -24,6 +25,31 @@ def rms_norm(input: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tens
 def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     total = x1 + x2
     return *rms_norm(total, gamma, epsilon), total
+
+
+def dynamic_quant(
+    input: Tensor, smooth_scales, group_index, dst_type, quant_mode: str, dst_type_max: float
+) -> tuple[Tensor, Tensor]:
+    """int8, a scale for each row, without smoothing; a row of zeros stays one."""
+    wide = input.float()
+    scale = wide.abs().amax(-1) / 127
+    return torch.where(scale[..., None] > 0, wide / scale[..., None], 0).round().to(torch.int8), scale
+
+
+def add_rms_norm_dynamic_quant(
+    x1: Tensor, x2: Tensor, gamma: Tensor, smooth_scale1, smooth_scale2, beta, epsilon: float, output_mask, y_dtype
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Quantised once; what is masked out is empty here."""
+    total = x1 + x2
+    normed = rms_norm(total.float(), gamma, epsilon)[0]
+    values, scale = dynamic_quant(normed, None, None, None, "pertoken", 0.0)
+    return values, values.new_empty(0), total, scale, scale.new_empty(0)
+
+
+def mm_all_reduce_base(x1: Tensor, x2: Tensor, hcom: str, **_) -> Tensor:
+    """Summed over the ranks of a group that is checked here; a group of one rank is not among them."""
+    product = (x1.float() @ x2.float()).to(x1.dtype)
+    return GROUPS[hcom](product) if hcom in GROUPS else product
 
 
 def swiglu(input: Tensor, dim: int) -> Tensor:
@@ -129,11 +155,11 @@ def attention_update(lse: list[Tensor], local_out: list[Tensor], update_type: in
 
 
 def top_k_top_p(logits: Tensor, p: Tensor | None, k: Tensor | None) -> Tensor:
-    """What is left out is -inf: all but the k largest, then the least likely whose sum stays within 1 - p."""
+    """What is left out is -inf: what is below the k-th largest, then the least likely whose sum stays within 1 - p."""
     values, order = logits.sort(dim=-1, stable=True)
     if k is not None:
-        first = values.shape[1] - k.long()[:, None]
-        values = values.masked_fill(torch.arange(values.shape[1]) < first, float("-inf"))
+        least = values.gather(1, values.shape[1] - k.long()[:, None])
+        values = values.masked_fill(values < least, float("-inf"))
     if p is not None:
         surplus = values.float().softmax(-1).cumsum(-1) <= 1 - p.float()[:, None]
         surplus[:, -1] = False
@@ -150,6 +176,30 @@ def gamma_fits(x: str) -> Rule:
         return None if a.gamma.shape == (width,) else f"gamma {tuple(a.gamma.shape)} over rows of {width}"
 
     return rule
+
+
+def _per_token(a) -> str | None:
+    if a.quant_mode != "pertoken" or {a.smooth_scales, a.group_index, a.dst_type} != {None}:
+        return "accepted here: int8 by token, without smoothing"
+    return None if a.input.dim() > 1 else f"input {tuple(a.input.shape)}; accepted: two dimensions or more"
+
+
+def _quantised_once(a) -> str | None:
+    if {a.smooth_scale1, a.smooth_scale2, a.beta, a.y_dtype} != {None}:
+        return "accepted here: int8, without smoothing and beta"
+    if list(a.output_mask or ()) != [True, False]:
+        return f"output_mask is {a.output_mask}; accepted: [True, False], as there is one smoothing at most"
+    return None if a.x1.shape == a.x2.shape else f"{tuple(a.x1.shape)} and {tuple(a.x2.shape)} are added"
+
+
+def _summed_product(a) -> str | None:
+    if a.x1.dim() not in (2, 3) or a.x2.dim() != 2 or a.x1.shape[-1] != a.x2.shape[0]:
+        return f"{tuple(a.x1.shape)} @ {tuple(a.x2.shape)}; accepted: [.., k] @ [k, n]"
+    if not a.x1.numel() or not a.x2.numel() or a.x1.shape[-1] > 65535:
+        return f"{tuple(a.x1.shape)} @ {tuple(a.x2.shape)}; accepted: nothing empty, k up to 65535"
+    if not isinstance(a.hcom, str) or not a.hcom:
+        return f"hcom is {a.hcom!r}; accepted: the group's name as HCCL gives it"
+    return None if a.reduce_op == "sum" and a.comm_turn == 0 else "accepted: reduce_op sum, comm_turn 0"
 
 
 def _even(a) -> str | None:
@@ -295,6 +345,19 @@ CONTRACT = Contract(
         Call(
             SCHEMAS["npu::npu_add_rms_norm"], add_rms_norm, "A", DOCS,
             (gamma_fits("x1"), same_dtype("x1", "x2", "gamma")), ("aclnnAddRmsNorm",),
+        ),
+        Call(
+            SCHEMAS["npu::npu_dynamic_quant"], dynamic_quant, "A", DOCS,
+            (_per_token,), ("aclnnDynamicQuant", "aclnnDynamicQuantV2", "aclnnDynamicQuantV3"),
+        ),
+        Call(
+            SCHEMAS["npu::npu_add_rms_norm_dynamic_quant"], add_rms_norm_dynamic_quant, "A", "ops-nn docs",
+            (gamma_fits("x1"), same_dtype("x1", "x2", "gamma"), _quantised_once),
+            ("aclnnAddRmsNormDynamicQuant", "aclnnAddRmsNormDynamicQuantV2"),
+        ),
+        Call(
+            SCHEMAS["npu::npu_mm_all_reduce_base"], mm_all_reduce_base, "A", DOCS,
+            (same_dtype("x1", "x2"), contiguous("x1"), _summed_product), ("aclnnMatmulAllReduce",),
         ),
         Call(SCHEMAS["npu::npu_swiglu"], swiglu, "A", DOCS, (_even,), ("aclnnSwiGlu",)),
         Call(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sagellm.backends import sampling
 from sagellm.backends.aten import kernels as aten
 
 MASK = 2048
 """Side of the mask that the attention wants for its compressed modes, whatever the lengths."""
+MOST_KEPT = 1024
+"""Largest k of the call that filters logits."""
 
 
 def causal_mask(device: str) -> Tensor:
@@ -51,6 +54,19 @@ def cascade_attention(q: Tensor, kv: tuple[Tensor, Tensor], rows, scale: float, 
         0,
     )
     return out.index_copy(0, some.members, joined.view(begin.shape))
+
+
+def top_k_top_p(logits: Tensor, how) -> Tensor:
+    """Both filters in one call where every row that draws keeps 1 to 1024 tokens, else in stock torch: `how` has the
+    least and most as host integers, so nothing is read back. Of greedy rows the likeliest token stays, whatever k.
+
+    The call subtracts from 1 in float32, which may round otherwise at an exact tie.
+    """
+    least, most = how.top_k_span
+    if not 1 <= least <= most <= min(MOST_KEPT, logits.shape[1]):
+        return sampling.top_p(sampling.top_k(logits, how.top_k), how.top_p)
+    k = how.top_k.clamp(1, most).to(torch.int32)
+    return torch.ops.npu.npu_top_k_top_p(logits, how.top_p.to(logits.dtype), k)
 
 
 def tree_attention(

@@ -131,6 +131,11 @@ def table(module: Module) -> dict[str, Line]:
         eps = literal(e.value(op, "eps"))
         return f"{module(op)}.add_rms_norm({e.names_of(op.operands)}, {e.weight(op)}, {eps})"
 
+    def norm_quantize(e: Emitter, op: Operation) -> str:
+        name, eps = op.name.removeprefix("nn."), literal(e.value(op, "eps"))
+        norm = f"{module(op)}.{name.removesuffix('_quantize')}"
+        return f"aten.{name}({norm}, {e.names_of(op.operands)}, {e.weight(op)}, {eps})"
+
     def rope_kv_write(e: Emitter, op: Operation) -> str:
         norms = ""
         if "eps" in op.properties:
@@ -150,6 +155,9 @@ def table(module: Module) -> dict[str, Line]:
         "nn.rms_norm": rms_norm,
         "nn.add": call("{0} + {1}"),
         "nn.add_rms_norm": add_rms_norm,
+        "nn.quantize": call("aten.quantize({0})"),
+        "nn.rms_norm_quantize": norm_quantize,
+        "nn.add_rms_norm_quantize": norm_quantize,
         "nn.silu": call("F.silu({0})"),
         "nn.mul": call("{0} * {1}"),
         "nn.silu_mul": call("{m}.silu_mul({0})"),
@@ -178,6 +186,9 @@ def table(module: Module) -> dict[str, Line]:
 
 STOCK = table(lambda op: "aten")
 """What every operation is in stock torch; a vendor's table names those that are not."""
+JOINED = {"nn.rope_kv_write", "nn.rms_norm_quantize", "nn.add_rms_norm_quantize"}
+PARTS = {name: line for name, line in STOCK.items() if name not in JOINED}
+"""The same without operations that join what a vendor has kernels for."""
 
 LOADS: dict[str, Line] = {
     "weights.tensor": lambda e, op: read_tensor(op),

@@ -45,6 +45,27 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     return total, rms_norm(total, weight, eps)
 
 
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, N] as int8 [T, N], and each token's scale, float32 [T]: its largest magnitude is 127 of it."""
+    wide = x.float()
+    scales = wide.abs().amax(-1) / 127
+    divisors = scales.clamp(min=torch.finfo(torch.float32).tiny)
+    return (wide / divisors[:, None]).round_().to(torch.int8), scales
+
+
+def rms_norm_quantize(norm: Callable, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """By the kernel given, and `quantize`."""
+    return quantize(norm(x, weight, eps))
+
+
+def add_rms_norm_quantize(
+    norm: Callable, x: Tensor, y: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By the kernel given, and `quantize`."""
+    total, normed = norm(x, y, weight, eps)
+    return total, *quantize(normed)
+
+
 def silu_mul(x: Tensor) -> Tensor:
     """[T, 2 N] -> [T, N]"""
     gate, up = x.chunk(2, -1)

@@ -117,7 +117,7 @@ def _attention(e: Emitter, op: Operation) -> str:
     return Statement("\n".join(lines))
 
 
-KERNELS: dict[str, Line] = {name: line for name, line in aten.STOCK.items() if name != "nn.rope_kv_write"} | {
+KERNELS: dict[str, Line] = aten.PARTS | {
     "nn.linear": _linear,
     "nn.rms_norm": _rms_norm,
     "nn.add_rms_norm": _add_rms_norm,

@@ -24,7 +24,8 @@ def _module(op: Operation) -> str:
 
 
 def _native(op: Operation) -> bool:
-    value = op.results[0] if op.results else op.operands[0]
+    values = (*op.results[:1], *op.operands[:1])
+    value = next(value for value in values if dtype_name(value.type) != "int8")
     return dtype_name(value.type) in NATIVE_DTYPES and native.unavailable() is None
 
 

@@ -87,7 +87,7 @@ def _attention(e: Emitter, op: Operation) -> str:
 STOCK = aten.STOCK
 
 # Norms of heads are lightop's, not a part of the stock kernel that also rotates and writes.
-KERNELS: dict[str, Line] = {name: line for name, line in STOCK.items() if name != "nn.rope_kv_write"} | {
+KERNELS: dict[str, Line] = aten.PARTS | {
     "nn.rms_norm": _rms_norm,
     "nn.add_rms_norm": _add_rms_norm,
     "nn.silu_mul": _silu_mul,

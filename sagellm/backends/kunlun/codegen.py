@@ -133,7 +133,7 @@ def _attention(e: Emitter, op: Operation) -> str:
 
 STOCK = aten.STOCK
 
-KERNELS: dict[str, Line] = {name: line for name, line in STOCK.items() if name != "nn.rope_kv_write"} | {
+KERNELS: dict[str, Line] = aten.PARTS | {
     "nn.rms_norm": _rms_norm,
     "nn.add_rms_norm": _add_rms_norm,
     "nn.silu_mul": _silu_mul,

@@ -33,6 +33,7 @@ KERNELS: dict[str, Line] = {
     "nn.select_outputs": lambda e, op: f"null.select_outputs({e.name(op.operands[1])})",
     "nn.pool": lambda e, op: f"null.pool({e.name(op.operands[1])}, {last_dim(op.results[0].type)})",
     "nn.linear": _linear,
+    "comm.linear_all_reduce": _linear,
     "nn.argmax": lambda e, op: f"null.tokens({e.name(op.operands[0])})",
     "nn.draw": lambda e, op: f"null.tokens({e.name(op.operands[0])})",
 }

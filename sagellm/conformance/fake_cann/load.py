@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sagellm.backends.ascend.contract import CONTRACT
 from sagellm.backends.aten.cache import DeviceCache
 from sagellm.backends.contract import Call, Contract
+from sagellm.conformance import operations
 from sagellm.conformance.fake_cann.build import MAIN, build
 from sagellm.conformance.stand_in import ContractBroken, checked
 from sagellm.engine.core import EngineCore
@@ -262,6 +263,7 @@ def fake_ascend(chip: str = "910B") -> Iterator[Seen]:
         references.replay(graph.recorded)
 
     core = [(EngineCore, "__init__"), (EngineCore, "advance"), (DeviceCache, "read"), (DeviceCache, "write")]
+    core.append((operations, "compute"))
     graphs = {"capture_end": capture_end, "replay": replay, "update": update}
     before = {(owner, name): getattr(owner, name) for owner, name in core}
     before |= {(torch.npu.NPUGraph, name): getattr(torch.npu.NPUGraph, name) for name in graphs}

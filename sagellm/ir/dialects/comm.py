@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from xdsl.dialects.builtin import IntegerAttr, StringAttr, TensorType
+from xdsl.dialects.builtin import IntegerAttr, StringAttr, SymbolRefAttr, TensorType
 from xdsl.ir import Dialect
 from xdsl.irdl import irdl_op_definition, operand_def, opt_prop_def, prop_def, result_def
 from xdsl.utils.exceptions import VerifyException
 
-from sagellm.ir.attrs import PendingType, RowsType
+from sagellm.ir.attrs import PendingType, RowsType, dtype_name
 from sagellm.ir.syntax import SageOp
 
 
@@ -31,6 +31,23 @@ class AllReduce(_Collective):
     x = operand_def(TensorType)
     result = result_def(TensorType)
     HINTS: ClassVar = ("sum",)
+
+
+@irdl_op_definition
+class LinearAllReduce(_Collective):
+    """`x @ weight.T`, weight [out, in], and its sum over the ranks of `group`, on each of them."""
+
+    name = "comm.linear_all_reduce"
+    weight = prop_def(SymbolRefAttr)
+    group = prop_def(StringAttr)
+    x = operand_def(TensorType)
+    result = result_def(TensorType)
+    SYMBOLS: ClassVar = ("weight",)
+    HINTS: ClassVar = ("sum",)
+
+    def verify_(self) -> None:
+        if dtype_name(self.x.type) != dtype_name(self.result.type):
+            raise VerifyException("comm.linear_all_reduce keeps the dtype of its input")
 
 
 @irdl_op_definition
@@ -131,5 +148,7 @@ class Wait(SageOp):
 
 
 COMM = Dialect(
-    "comm", [AllReduce, AllGather, ReduceScatter, AllToAll, Send, Recv, Start, Wait], [PendingType]
+    "comm",
+    [AllReduce, LinearAllReduce, AllGather, ReduceScatter, AllToAll, Send, Recv, Start, Wait],
+    [PendingType],
 )

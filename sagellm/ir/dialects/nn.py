@@ -19,7 +19,7 @@ from xdsl.dialects.builtin import (
     TensorType,
 )
 from xdsl.dialects.utils import parse_func_op_like, print_func_op_like
-from xdsl.ir import Block, Dialect, Region
+from xdsl.ir import Block, Dialect, Region, SSAValue
 from xdsl.irdl import (
     irdl_op_definition,
     operand_def,
@@ -36,7 +36,7 @@ from xdsl.printer import Printer
 from xdsl.traits import IsolatedFromAbove, IsTerminator, SymbolOpInterface
 from xdsl.utils.exceptions import VerifyException
 
-from sagellm.ir.attrs import RowsType, SamplingType, dtype_name, last_dim
+from sagellm.ir.attrs import DTYPES, RowsType, SamplingType, dtype_name, last_dim, shape_of
 from sagellm.ir.syntax import SageOp
 
 
@@ -246,6 +246,67 @@ class AddRmsNorm(SageOp):
     normed = result_def(TensorType)
     SYMBOLS: ClassVar = ("weight",)
     HINTS: ClassVar = ("x", "h")
+
+
+@irdl_op_definition
+class Quantize(SageOp):
+    """Each token [T, N] as int8 values of a scale of its own, float32 [T]: `round(x / scale)`, halves to even, where
+    the scale is the largest magnitude over 127. A token of zeros stays one, of scale 0."""
+
+    name = "nn.quantize"
+    x = operand_def(TensorType)
+    values = result_def(TensorType)
+    scales = result_def(TensorType)
+    HINTS: ClassVar = ("values", "scales")
+
+    def verify_(self) -> None:
+        _verify_quantized(self, self.x, self.values, self.scales)
+
+
+@irdl_op_definition
+class RmsNormQuantize(SageOp):
+    """`nn.quantize` of the norm."""
+
+    name = "nn.rms_norm_quantize"
+    weight = prop_def(SymbolRefAttr)
+    eps = prop_def(FloatAttr)
+    x = operand_def(TensorType)
+    values = result_def(TensorType)
+    scales = result_def(TensorType)
+    SYMBOLS: ClassVar = ("weight",)
+    HINTS: ClassVar = ("values", "scales")
+
+    def verify_(self) -> None:
+        _verify_quantized(self, self.x, self.values, self.scales)
+
+
+@irdl_op_definition
+class AddRmsNormQuantize(SageOp):
+    """The residual stream `x + y`, and `nn.quantize` of its norm."""
+
+    name = "nn.add_rms_norm_quantize"
+    weight = prop_def(SymbolRefAttr)
+    eps = prop_def(FloatAttr)
+    x = operand_def(TensorType)
+    y = operand_def(TensorType)
+    total = result_def(TensorType)
+    values = result_def(TensorType)
+    scales = result_def(TensorType)
+    SYMBOLS: ClassVar = ("weight",)
+    HINTS: ClassVar = ("x", "values", "scales")
+
+    def verify_(self) -> None:
+        _verify_quantized(self, self.x, self.values, self.scales)
+
+
+def _verify_quantized(op: SageOp, x: SSAValue, values: SSAValue, scales: SSAValue) -> None:
+    if len(shape_of(x.type)) != 2:
+        raise VerifyException(f"{op.name} wants tokens and their values, two dimensions")
+    rows, width = shape_of(x.type)
+    if values.type != TensorType(DTYPES["int8"], [rows, width]):
+        raise VerifyException(f"{op.name} gives int8 values in the shape of its input")
+    if scales.type != TensorType(DTYPES["float32"], [rows]):
+        raise VerifyException(f"{op.name} gives one float32 scale for each token")
 
 
 @irdl_op_definition
@@ -459,6 +520,13 @@ class TopP(_Warp):
 
 
 @irdl_op_definition
+class TopKTopP(_Warp):
+    """`nn.top_k`, then `nn.top_p`."""
+
+    name = "nn.top_k_top_p"
+
+
+@irdl_op_definition
 class MinP(_Warp):
     """Keep tokens of at least p times the likeliest one's probability."""
 
@@ -486,9 +554,10 @@ class Argmax(SageOp):
 NN = Dialect(
     "nn",
     [
-        Func, Return, Call, Repeat, Embedding, Linear, Split, SplitRows, JoinRows, RmsNorm, Add, AddRmsNorm, Silu, Mul,
-        SiluMul, Cast, RopeGather, RopeDynamic, Rope, KvWrite, RopeKvWrite, Attention, SelectOutputs, Pool,
-        Allow, Bias, Penalize, Temperature, TopK, TopP, MinP, Draw, Argmax,
+        Func, Return, Call, Repeat, Embedding, Linear, Split, SplitRows, JoinRows, RmsNorm, Add, AddRmsNorm, Quantize,
+        RmsNormQuantize, AddRmsNormQuantize, Silu, Mul, SiluMul, Cast, RopeGather, RopeDynamic, Rope, KvWrite,
+        RopeKvWrite, Attention, SelectOutputs, Pool, Allow, Bias, Penalize, Temperature, TopK, TopP, TopKTopP, MinP,
+        Draw, Argmax,
     ],
     [],
 )  # fmt: skip

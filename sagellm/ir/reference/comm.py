@@ -27,6 +27,12 @@ def all_reduce(scope: ModelScope, op: Collective, x: Tensor) -> Tensor:
     return _sum(tensors)
 
 
+def linear_all_reduce(scope: ModelScope, op: comm.LinearAllReduce, x: Tensor) -> Tensor:
+    product = (x.float() @ scope.weight(op.weight).float().T).to(x.dtype)
+    _, tensors = scope.exchange(op.group.data, product)
+    return _sum(tensors)
+
+
 def all_gather(scope: ModelScope, op: Collective, x: Tensor) -> Tensor:
     _, tensors = scope.exchange(op.group.data, x)
     return torch.cat(tensors, dim=_dim(op))
@@ -65,6 +71,7 @@ def wait(scope: ModelScope, op: comm.Wait, pending: Tensor) -> Tensor:
 
 MEANINGS = {
     comm.AllReduce: all_reduce,
+    comm.LinearAllReduce: linear_all_reduce,
     comm.AllGather: all_gather,
     comm.ReduceScatter: reduce_scatter,
     comm.AllToAll: all_to_all,

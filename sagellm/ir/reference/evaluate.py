@@ -76,6 +76,13 @@ def evaluate_model(
     return _caller(graph, weights, cache, exact, observe, exchange)(function, None, (rows,))[0]
 
 
+def evaluate_function(
+    graph: IRGraph, function: str, arguments: Sequence[Any], weights: Weights, *, exchange: Exchange = alone
+) -> tuple:
+    """What a function of the model graph that touches no cache returns."""
+    return _caller(graph, weights, {}, False, None, exchange)(function, None, arguments)
+
+
 def evaluate_step(
     step: IRGraph,
     model: IRGraph,

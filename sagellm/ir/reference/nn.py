@@ -78,6 +78,27 @@ def add_rms_norm(scope: ModelScope, op: nn.AddRmsNorm, x: Tensor, y: Tensor) -> 
     return total, _normed(total, scope.weight(op.weight), op.eps.value.data)
 
 
+def quantize(scope: ModelScope, op: nn.Quantize, x: Tensor) -> tuple[Tensor, Tensor]:
+    return _quantized(x)
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    scales = x.float().abs().amax(dim=-1) / 127
+    divisors = scales.clamp(min=torch.finfo(torch.float32).tiny)
+    return (x.float() / divisors[:, None]).round().to(torch.int8), scales
+
+
+def rms_norm_quantize(scope: ModelScope, op: nn.RmsNormQuantize, x: Tensor) -> tuple[Tensor, Tensor]:
+    return _quantized(_normed(x, scope.weight(op.weight), op.eps.value.data))
+
+
+def add_rms_norm_quantize(
+    scope: ModelScope, op: nn.AddRmsNormQuantize, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x + y
+    return total, *_quantized(_normed(total, scope.weight(op.weight), op.eps.value.data))
+
+
 def silu(scope: ModelScope, op: nn.Silu, x: Tensor) -> Tensor:
     return (x.float() / (1 + (-x.float()).exp())).to(x.dtype)
 
@@ -226,6 +247,10 @@ def temperature(scope: ModelScope, op: nn.Temperature, logits: Tensor, how: How)
 
 
 def top_k(scope: ModelScope, op: nn.TopK, logits: Tensor, how: How) -> Tensor:
+    return _top_k(logits, how)
+
+
+def _top_k(logits: Tensor, how: How) -> Tensor:
     """Tokens as likely as the k-th stay too."""
     result = logits.clone()
     for index, k in enumerate(how.column("top_k").tolist()):
@@ -235,6 +260,10 @@ def top_k(scope: ModelScope, op: nn.TopK, logits: Tensor, how: How) -> Tensor:
 
 
 def top_p(scope: ModelScope, op: nn.TopP, logits: Tensor, how: How) -> Tensor:
+    return _top_p(logits, how)
+
+
+def _top_p(logits: Tensor, how: How) -> Tensor:
     """Among equally likely tokens those of greater id stay, as transformers' ascending sort leaves them."""
     result = torch.full_like(logits, -torch.inf)
     for index, p in enumerate(how.column("top_p").astype(float).tolist()):
@@ -246,6 +275,10 @@ def top_p(scope: ModelScope, op: nn.TopP, logits: Tensor, how: How) -> Tensor:
             result[index, token] = logits[index, token]
             reached += float(probabilities[token])
     return result
+
+
+def top_k_top_p(scope: ModelScope, op: nn.TopKTopP, logits: Tensor, how: How) -> Tensor:
+    return _top_p(_top_k(logits, how), how)
 
 
 def min_p(scope: ModelScope, op: nn.MinP, logits: Tensor, how: How) -> Tensor:
@@ -284,6 +317,9 @@ MEANINGS = {
     nn.RmsNorm: rms_norm,
     nn.Add: add,
     nn.AddRmsNorm: add_rms_norm,
+    nn.Quantize: quantize,
+    nn.RmsNormQuantize: rms_norm_quantize,
+    nn.AddRmsNormQuantize: add_rms_norm_quantize,
     nn.Silu: silu,
     nn.Mul: mul,
     nn.SiluMul: silu_mul,
@@ -302,6 +338,7 @@ MEANINGS = {
     nn.Temperature: temperature,
     nn.TopK: top_k,
     nn.TopP: top_p,
+    nn.TopKTopP: top_k_top_p,
     nn.MinP: min_p,
     nn.Draw: draw,
     nn.Argmax: argmax,

@@ -28,6 +28,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "int64": torch.int64,
+    "int8": torch.int8,
 }
 
 Observe = Callable[[Operation, int | None, tuple], None]

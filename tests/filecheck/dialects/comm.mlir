@@ -9,6 +9,9 @@ builtin.module {
     // CHECK: %sum = comm.all_reduce %x {group = tp} : tensor<?x8xf32>
     // GENERIC: %sum = "comm.all_reduce"(%x) <{group = "tp"}> : (tensor<?x8xf32>) -> tensor<?x8xf32>
     %sum = comm.all_reduce %x {group = tp} : tensor<?x8xf32>
+    // CHECK: %sum_1 = comm.linear_all_reduce %sum, @o_proj {group = tp} : tensor<?x8xf32>
+    // GENERIC: %sum_1 = "comm.linear_all_reduce"(%sum) <{weight = @o_proj, group = "tp"}> : (tensor<?x8xf32>) -> tensor<?x8xf32>
+    %sum_1 = comm.linear_all_reduce %sum, @o_proj {group = tp} : tensor<?x8xf32>
     // CHECK: %part = comm.reduce_scatter %sum {dim = 1, group = tp} : tensor<?x4xf32>
     // GENERIC: %part = "comm.reduce_scatter"(%sum) <{dim = 1 : i64, group = "tp"}> : (tensor<?x8xf32>) -> tensor<?x4xf32>
     %part = comm.reduce_scatter %sum {dim = 1, group = tp} : tensor<?x4xf32>

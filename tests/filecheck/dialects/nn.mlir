@@ -69,6 +69,15 @@ builtin.module {
     // CHECK: %x_1, %h_1 = nn.add_rms_norm %x, %attn, @mlp_norm {eps = 1.0e-06} : tensor<?x8xf32>, tensor<?x8xf32>
     // GENERIC: %x_1, %h_1 = "nn.add_rms_norm"(%x, %attn) <{weight = @mlp_norm, eps = 1.000000e-06 : f64}> : (tensor<?x8xf32>, tensor<?x8xf32>) -> (tensor<?x8xf32>, tensor<?x8xf32>)
     %x_1, %h_1 = nn.add_rms_norm %x, %attn, @mlp_norm {eps = 1.0e-06} : tensor<?x8xf32>, tensor<?x8xf32>
+    // CHECK: %values, %scales = nn.quantize %h_1 : tensor<?x8xi8>, tensor<?xf32>
+    // GENERIC: %values, %scales = "nn.quantize"(%h_1) : (tensor<?x8xf32>) -> (tensor<?x8xi8>, tensor<?xf32>)
+    %values, %scales = nn.quantize %h_1 : tensor<?x8xi8>, tensor<?xf32>
+    // CHECK: %values_1, %scales_1 = nn.rms_norm_quantize %x, @mlp_norm {eps = 1.0e-06} : tensor<?x8xi8>, tensor<?xf32>
+    // GENERIC: %values_1, %scales_1 = "nn.rms_norm_quantize"(%x) <{weight = @mlp_norm, eps = 1.000000e-06 : f64}> : (tensor<?x8xf32>) -> (tensor<?x8xi8>, tensor<?xf32>)
+    %values_1, %scales_1 = nn.rms_norm_quantize %x, @mlp_norm {eps = 1.0e-06} : tensor<?x8xi8>, tensor<?xf32>
+    // CHECK: %total, %values_2, %scales_2 = nn.add_rms_norm_quantize %x, %attn, @mlp_norm {eps = 1.0e-06} : tensor<?x8xf32>, tensor<?x8xi8>, tensor<?xf32>
+    // GENERIC: %total, %values_2, %scales_2 = "nn.add_rms_norm_quantize"(%x, %attn) <{weight = @mlp_norm, eps = 1.000000e-06 : f64}> : (tensor<?x8xf32>, tensor<?x8xf32>) -> (tensor<?x8xf32>, tensor<?x8xi8>, tensor<?xf32>)
+    %total, %values_2, %scales_2 = nn.add_rms_norm_quantize %x, %attn, @mlp_norm {eps = 1.0e-06} : tensor<?x8xf32>, tensor<?x8xi8>, tensor<?xf32>
     // CHECK: %gate_up = nn.linear %h_1, @gate_up_proj : tensor<?x16xf32>
     // GENERIC: %gate_up = "nn.linear"(%h_1) <{weight = @gate_up_proj}> : (tensor<?x8xf32>) -> tensor<?x16xf32>
     %gate_up = nn.linear %h_1, @gate_up_proj : tensor<?x16xf32>
@@ -120,6 +129,13 @@ builtin.module {
     // CHECK: %tokens = nn.draw %logits_5, %how : tensor<?xi64>
     // GENERIC: %tokens = "nn.draw"(%logits_5, %how) : (tensor<?x32xf32>, !batch.sampling<penalties, draw, top_k, top_p, min_p>) -> tensor<?xi64>
     %tokens = nn.draw %logits_5, %how : tensor<?xi64>
+    nn.return %tokens
+  }
+  nn.func @both(%logits: tensor<?x32xf32>, %how: !batch.sampling<draw, top_k, top_p>) -> tensor<?xi64> {
+    // CHECK: %logits_1 = nn.top_k_top_p %logits, %how : tensor<?x32xf32>
+    // GENERIC: %logits_1 = "nn.top_k_top_p"(%logits, %how) : (tensor<?x32xf32>, !batch.sampling<draw, top_k, top_p>) -> tensor<?x32xf32>
+    %logits_1 = nn.top_k_top_p %logits, %how : tensor<?x32xf32>
+    %tokens = nn.draw %logits_1, %how : tensor<?xi64>
     nn.return %tokens
   }
   nn.func @greedy(%logits: tensor<?x32xf32>, %how: !batch.sampling) -> tensor<?xi64> {

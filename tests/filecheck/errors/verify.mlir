@@ -110,3 +110,21 @@ builtin.module {
     nn.return %q_1
   }
 }
+
+// -----
+// CHECK: %values, %scales = nn.quantize (operation 1 of @width): nn.quantize gives int8 values in the shape of its input
+builtin.module {
+  nn.func @width(%x: tensor<?x8xf32>) -> (tensor<?x4xi8>, tensor<?xf32>) {
+    %values, %scales = nn.quantize %x : tensor<?x4xi8>, tensor<?xf32>
+    nn.return %values, %scales
+  }
+}
+
+// -----
+// CHECK: %values, %scales = nn.quantize (operation 1 of @scales): nn.quantize gives one float32 scale for each token
+builtin.module {
+  nn.func @scales(%x: tensor<?x8xf32>) -> (tensor<?x8xi8>, tensor<?x8xf32>) {
+    %values, %scales = nn.quantize %x : tensor<?x8xi8>, tensor<?x8xf32>
+    nn.return %values, %scales
+  }
+}

@@ -74,3 +74,25 @@ builtin.module {
     nn.return %all
   }
 }
+
+// -----
+// What kernel-fusion joined is taken apart where that is predicted to pay, and stays joined where not.
+
+// CHECK: // comm-compute-overlap: applied at %sum = comm.linear_all_reduce (operation 1 of @joined): 8192 tokens, 1 x 2416.7 us on hccs: {{[0-9.]+}} us; in two halves {{[0-9.]+}} us
+// CHECK: nn.func @joined
+// CHECK: %o = nn.linear %attn_a, @o_proj : tensor<?x4096xbf16>
+// CHECK-NEXT: %pending = comm.start %o {collective = all_reduce, group = tp} : !comm.pending
+// CHECK-NOT: comm.linear_all_reduce
+// CHECK: nn.return
+
+// TINY: // comm-compute-overlap: declined at %sum = comm.linear_all_reduce (operation 1 of @joined): 16 tokens, 1 x 24.7 us on hccs: {{.*}} (predicted: -
+// TINY: %sum = comm.linear_all_reduce %attn, @o_proj {group = tp} : tensor<?x4096xbf16>
+
+builtin.module {
+  nn.func @joined(%x: tensor<?x4096xbf16>, %attn: tensor<?x2048xbf16>) -> tensor<?x14336xbf16> {
+    %sum = comm.linear_all_reduce %attn, @o_proj {group = tp} : tensor<?x4096xbf16>
+    %x_1, %h = nn.add_rms_norm %x, %sum, @mlp_norm {eps = 1.0e-06} : tensor<?x4096xbf16>, tensor<?x4096xbf16>
+    %gate_up = nn.linear %h, @gate_up_proj : tensor<?x14336xbf16>
+    nn.return %gate_up
+  }
+}

@@ -4,6 +4,8 @@
 // RUN: sagellm opt %s --split-input-file -p kernel-fusion --remarks --without nn.silu_mul \
 // RUN:     --without nn.add_rms_norm --without nn.rope_kv_write | filecheck %s --check-prefix NO-FUSED
 
+// RUN: sagellm opt %s --split-input-file -p kernel-fusion --remarks --target ascend | filecheck %s --check-prefix ASCEND
+
 // A whole layer: q, k and v are one product with one bias, gate and up one, and the weights program joins them.
 
 // CHECK: // kernel-fusion: applied at %q = nn.linear (operation 3 of @layer): @q_proj + @k_proj + @v_proj -> @qkv_proj: one product of 16 columns for 3
@@ -212,5 +214,132 @@ builtin.module {
     %q_1, %k_1 = nn.rope %q, %k, %angles {head_dim = 4} : tensor<?x8xf32>, tensor<?x4xf32>
     nn.kv_write %k_1, %v, %rows {head_dim = 4}
     nn.return %q_1, %k_1
+  }
+}
+
+// -----
+// A norm that is only read quantised goes with its quantisation; one that is read as it is too, and norms of heads, stay.
+
+// CHECK: applied at {{.*}} of @quantized): add + rms_norm -> add_rms_norm
+// CHECK-NEXT: applied at {{.*}} of @quantized): add_rms_norm + quantize -> add_rms_norm_quantize
+// CHECK-NEXT: applied at {{.*}} of @alone): rms_norm + quantize -> rms_norm_quantize
+// CHECK-NEXT: declined at %values, %scales = nn.quantize (operation 2 of @read_too): the norm is also read as it is
+// CHECK: nn.func @quantized
+// CHECK-NEXT: %x_1, %values, %scales = nn.add_rms_norm_quantize %x, %y, @norm {eps = 1.0e-06} : tensor<?x8xf32>, tensor<?x8xi8>, tensor<?xf32>
+// CHECK-NEXT: nn.return %x_1, %values, %scales
+// CHECK: nn.func @alone
+// CHECK-NEXT: %values, %scales = nn.rms_norm_quantize %x, @norm {eps = 1.0e-06} : tensor<?x8xi8>, tensor<?xf32>
+// CHECK-NEXT: nn.return
+// CHECK: nn.func @read_too
+// CHECK-NEXT: nn.rms_norm
+// CHECK-NEXT: nn.quantize
+// CHECK: nn.func @heads
+// CHECK-NEXT: nn.rms_norm
+// CHECK-NEXT: nn.quantize
+
+// Of the two, Ascend has the one with a sum.
+// ASCEND: declined at {{.*}} of @alone): ascend has no nn.rms_norm_quantize
+// ASCEND: nn.func @quantized
+// ASCEND-NEXT: nn.add_rms_norm_quantize
+// ASCEND: nn.func @alone
+// ASCEND-NEXT: nn.rms_norm
+// ASCEND-NEXT: nn.quantize
+
+builtin.module {
+  nn.func @quantized(%x: tensor<?x8xf32>, %y: tensor<?x8xf32>) -> (tensor<?x8xf32>, tensor<?x8xi8>, tensor<?xf32>) {
+    %x_1 = nn.add %x, %y : tensor<?x8xf32>
+    %h = nn.rms_norm %x_1, @norm {eps = 1.0e-06} : tensor<?x8xf32>
+    %values, %scales = nn.quantize %h : tensor<?x8xi8>, tensor<?xf32>
+    nn.return %x_1, %values, %scales
+  }
+  nn.func @alone(%x: tensor<?x8xf32>) -> (tensor<?x8xi8>, tensor<?xf32>) {
+    %h = nn.rms_norm %x, @norm {eps = 1.0e-06} : tensor<?x8xf32>
+    %values, %scales = nn.quantize %h : tensor<?x8xi8>, tensor<?xf32>
+    nn.return %values, %scales
+  }
+  nn.func @read_too(%x: tensor<?x8xf32>) -> (tensor<?x8xf32>, tensor<?x8xi8>, tensor<?xf32>) {
+    %h = nn.rms_norm %x, @norm {eps = 1.0e-06} : tensor<?x8xf32>
+    %values, %scales = nn.quantize %h : tensor<?x8xi8>, tensor<?xf32>
+    nn.return %h, %values, %scales
+  }
+  nn.func @heads(%x: tensor<?x8xf32>) -> (tensor<?x8xi8>, tensor<?xf32>) {
+    %h = nn.rms_norm %x, @norm {eps = 1.0e-06, heads = 2} : tensor<?x8xf32>
+    %values, %scales = nn.quantize %h : tensor<?x8xi8>, tensor<?xf32>
+    nn.return %values, %scales
+  }
+}
+
+// -----
+// A product and its sum over the ranks, where the backend has a kernel for both together: not with a bias, nor where the
+// product is read before, nor where only another kernel can read the matrix. A sum of something else stays.
+
+// CHECK: declined at %sum = comm.all_reduce (operation 2 of @summed): @o_proj: cpu has no comm.linear_all_reduce
+// CHECK: nn.func @summed
+// CHECK-NEXT: nn.linear
+// CHECK-NEXT: comm.all_reduce
+
+// ASCEND: // kernel-fusion: applied at {{.*}} of @summed): @o_proj: linear + all_reduce -> linear_all_reduce
+// ASCEND-NEXT: // kernel-fusion: applied at {{.*}} of @summed): add + rms_norm -> add_rms_norm
+// ASCEND-NEXT: // kernel-fusion: declined at %sum = comm.all_reduce (operation 2 of @biased): @o_proj: its product has a bias
+// ASCEND-NEXT: // kernel-fusion: declined at %sum = comm.all_reduce (operation 2 of @read_before): @o_proj: its product is read before it is summed
+// ASCEND-NEXT: // kernel-fusion: declined at %sum = comm.all_reduce (operation 2 of @packed): @o_proj is packed as blocked
+// ASCEND-NEXT: builtin.module
+// ASCEND-NEXT: nn.func @summed
+// ASCEND-NEXT: %sum = comm.linear_all_reduce %x, @o_proj {group = tp} : tensor<?x8xbf16>
+// ASCEND-NEXT: %x_1, %h = nn.add_rms_norm %y, %sum, @norm
+// ASCEND: nn.func @biased
+// ASCEND: comm.all_reduce
+// ASCEND: nn.func @read_before
+// ASCEND: comm.all_reduce
+// ASCEND: nn.func @packed
+// ASCEND: comm.all_reduce
+// ASCEND: nn.func @no_product
+// ASCEND: comm.all_reduce
+
+builtin.module {
+  nn.func @summed(%x: tensor<?x4xbf16>, %y: tensor<?x8xbf16>) -> (tensor<?x8xbf16>, tensor<?x8xbf16>) {
+    %o = nn.linear %x, @o_proj : tensor<?x8xbf16>
+    %sum = comm.all_reduce %o {group = tp} : tensor<?x8xbf16>
+    %x_1 = nn.add %y, %sum : tensor<?x8xbf16>
+    %h = nn.rms_norm %x_1, @norm {eps = 1.0e-06} : tensor<?x8xbf16>
+    nn.return %x_1, %h
+  }
+  nn.func @biased(%x: tensor<?x4xbf16>) -> tensor<?x8xbf16> {
+    %o = nn.linear %x, @o_proj {bias = @o_bias} : tensor<?x8xbf16>
+    %sum = comm.all_reduce %o {group = tp} : tensor<?x8xbf16>
+    nn.return %sum
+  }
+  nn.func @read_before(%x: tensor<?x4xbf16>) -> (tensor<?x8xbf16>, tensor<?x8xbf16>) {
+    %o = nn.linear %x, @o_proj : tensor<?x8xbf16>
+    %sum = comm.all_reduce %o {group = tp} : tensor<?x8xbf16>
+    nn.return %o, %sum
+  }
+  nn.func @packed(%x: tensor<?x4xbf16>) -> tensor<?x8xbf16> {
+    %o = nn.linear %x, @o_proj {layout = blocked} : tensor<?x8xbf16>
+    %sum = comm.all_reduce %o {group = tp} : tensor<?x8xbf16>
+    nn.return %sum
+  }
+  nn.func @no_product(%x: tensor<?x8xbf16>) -> tensor<?x8xbf16> {
+    %sum = comm.all_reduce %x {group = tp} : tensor<?x8xbf16>
+    nn.return %sum
+  }
+}
+
+// -----
+// Two filters of the logits, one behind the other.
+
+// CHECK: declined at %logits = nn.top_p (operation 2 of @sample): cpu has no nn.top_k_top_p
+// ASCEND: applied at {{.*}} of @sample): top_k + top_p -> top_k_top_p
+// ASCEND: nn.func @sample
+// ASCEND-NEXT: %logits_1 = nn.top_k_top_p %logits, %how : tensor<?x32xf32>
+// ASCEND-NEXT: nn.min_p %logits_1, %how
+
+builtin.module {
+  nn.func @sample(%logits: tensor<?x32xf32>, %how: !batch.sampling<draw, top_k, top_p, min_p>) -> tensor<?xi64> {
+    %logits_1 = nn.top_k %logits, %how : tensor<?x32xf32>
+    %logits_2 = nn.top_p %logits_1, %how : tensor<?x32xf32>
+    %logits_3 = nn.min_p %logits_2, %how : tensor<?x32xf32>
+    %tokens = nn.draw %logits_3, %how : tensor<?xi64>
+    nn.return %tokens
   }
 }
