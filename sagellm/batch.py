@@ -374,7 +374,8 @@ class Batch:
     """
 
     __slots__ = (
-        "ahead", "columns", "declines", "decode", "facts", "leaving", "moves", "notes", "offload", "prefill", "spare",
+        "ahead", "columns", "declines", "decode", "facts", "leaving", "moves", "notes", "offload", "prefill", "probes",
+        "spare",
     )  # fmt: skip
 
     def __init__(self, columns: Columns, decode: np.ndarray, prefill: np.ndarray):
@@ -382,6 +383,8 @@ class Batch:
         self.facts: dict[Phase, tuple[str, ...]] = {}
         self.notes: dict[str, str] = {}
         self.declines: dict[str, str] = {}
+        self.probes: set[str] = set()
+        """Passes that decided against what they expect, to learn whether it still holds."""
         self.moves = Moves()
         self.spare = (0, 0)
         """Tokens and KV blocks that guesses may take beside what the rows need."""

@@ -168,9 +168,10 @@ class EngineCore(Planner):
         now = self.scheduler.clock()
         started = self._note_begun(now)
         tried = self._try_without(batch)
+        ran = time.perf_counter()
         results, failed = self._run(batch)
         if tried is not None and not failed:
-            self._judge(tried)
+            self._judge(tried, results, time.perf_counter() - ran)
         events = [self._settle(part, outcome) for part, outcome in results]
         took = time.perf_counter() - began
         if self.kv.host is not None:
@@ -180,25 +181,33 @@ class EngineCore(Planner):
         return _merged(events, started, failed)
 
     def _try_without(self, batch: Batch) -> tuple[str, str, int] | None:
-        """Where a fact may be left out, it sometimes is, and for good once that is faster. What is being tried."""
-        for p in self.pipeline.deciding:
+        """Where a fact may be left out, it sometimes is, and in all steps once that is faster. What is measured."""
+        for p in reversed(self.pipeline.deciding):  # one may have set aside what those before it decided
             for fact in p.optional:
-                for phase, facts in batch.facts.items():
-                    if fact not in facts:
-                        continue
-                    key = p.name, fact, 1 << (len(batch.rows(phase)) - 1).bit_length()
-                    if self.trials.of(key).leave_out():
-                        batch.facts[phase] = tuple(f for f in facts if f != fact)
+                phase = next((phase for phase, facts in batch.facts.items() if fact in facts), None)
+                if phase is None or p.name in batch.probes:
+                    continue
+                key = p.name, fact, 1 << (len(batch.rows(phase)) - 1).bit_length()
+                trial = self.trials.of(key, p.uneven)
+                if trial.leave_out():
+                    p.leave_out(batch, fact)
+                if not trial.off:
                     return key
         return None
 
-    def _judge(self, tried: tuple[str, str, int]) -> None:
+    def _judge(
+        self, tried: tuple[str, str, int], results: list[tuple[Batch, StepOutcome]], seconds: float
+    ) -> None:
+        """A draft model's steps count where its guesses were used; what deciding takes is the same in all steps."""
         trial, (name, fact, rows) = self.trials.of(tried), tried
-        if trial.took(self.executor.device_seconds):
+        if self.drafter is not None and any(outcome.trees is not None for _, outcome in results):
+            seconds += self.drafter.executor.device_seconds
+        each = sum(len(o.rows) for _, o in results) / sum(len(np.unique(o.rows)) for _, o in results)
+        if trial.took(seconds, each):
             self.counters.remarks[name, False] += 1
             log.warning(
-                "%s: declined at steps of up to %d rows: %s made them slower (measured: %+.1f us)",
-                name, rows, fact, trial.gain * 1e6,
+                "%s: declined at steps of up to %d rows: %s made them slower (measured: %+.1f us%s)",
+                name, rows, fact, trial.gain * 1e6, " a token" if trial.uneven else "",
             )  # fmt: skip
 
     def _compare_ways_back(self, forwarded: int) -> None:

@@ -49,7 +49,7 @@ LABELLED = {
     "checked": ("checked_steps", "Steps evaluated before and after the passes.", "result"),
     "evicted": ("kv_blocks_evicted", "KV blocks that left the prefix cache.", "reason"),
 }
-GAINS = "gains", ("pass_gain_seconds", "Median seconds a step saved by a decision, measured.", "decision")
+GAINS = "gains", ("pass_gain_seconds", "Median seconds saved a step, or by guesses a token.", "decision")
 TIMES = {
     "ttft": ("time_to_first_token_seconds", "From submission to the first token."),
     "itl": ("inter_token_latency_seconds", "Between two tokens of a sequence."),

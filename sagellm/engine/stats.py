@@ -152,7 +152,8 @@ class EngineStats(EngineLoad):
     checked: dict[str, int]
     """Steps whose passes were checked against the operations' meaning, by `equal` or `different`."""
     gains: dict[str, float]
-    """`pass fact rows` -> median seconds that the fact saved in a step of up to so many rows, as measured."""
+    """`pass fact rows` -> median seconds that the fact saved in a step of up to so many rows, as measured; where steps
+    give several tokens, for one token of each sequence."""
     plan_hits: int
     plan_misses: int
     remarks: dict[str, dict[str, int]]

@@ -83,6 +83,8 @@ class Pass:
 
     optional: ClassVar[tuple[str, ...]] = ()
     """Facts without which a step computes the same: now and then they are left out, to measure what they gain."""
+    uneven: ClassVar[bool] = False
+    """Whether steps with these facts give now one token and now several."""
     name: ClassVar[str]
     graph: ClassVar[Literal["batch", "model"]]
 
@@ -100,6 +102,11 @@ class Pass:
 
     def decide(self, batch: Batch, view: StepView) -> None:
         """Batch passes: write decisions about this step into the batch's columns and facts."""
+
+    def leave_out(self, batch: Batch, fact: str) -> None:
+        """Batch passes: take back what was decided with this optional fact."""
+        for phase, facts in batch.facts.items():
+            batch.facts[phase] = tuple(f for f in facts if f != fact)
 
     @classmethod
     def _patterns(cls) -> dict[type[Operation], list[Callable]]:
@@ -168,7 +175,7 @@ class Pipeline:
 
     def decide(self, batch: Batch, view: StepView) -> None:
         """Every batch pass decides about this step, anew."""
-        batch.facts, batch.notes, batch.declines = {}, {}, {}
+        batch.facts, batch.notes, batch.declines, batch.probes = {}, {}, {}, set()
         for p in self.deciding:
             p.decide(batch, view)
 

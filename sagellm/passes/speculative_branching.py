@@ -15,7 +15,7 @@ from sagellm.ir.dialects import spec
 from sagellm.ir.edit import insert_after, insert_before, users
 from sagellm.ir.graph import IRGraph
 from sagellm.passes.driver import Pass, PassContext, StepView, rewrites
-from sagellm.passes.prefix_dedup import PrefixDedup
+from sagellm.passes.prefix_dedup import CASCADE, PrefixDedup
 from sagellm.target import StepCost
 
 DRAFTED = "drafted"
@@ -38,6 +38,7 @@ class SpeculativeBranching(Pass):
     Sequences with a grammar get no guesses, as what is allowed behind these is not known.
     Declines in a step with prompts, where nothing is known to follow, where so many sequences decode that guesses
     cannot pay, and where those that were verified did not hold often enough; these are tried again one step in `probe`.
+    What it expects is measured too: a step without guesses among those with some, seconds by the token.
     Many sequences that repeat nothing are not looked at in every step.
     """
 
@@ -46,6 +47,8 @@ class SpeculativeBranching(Pass):
     probe: int = 64
     """What does not seem to pay is tried again one step in so many; half as often where a draft model is tried too."""
 
+    optional: ClassVar[tuple[str, ...]] = (DRAFTED,)
+    uneven: ClassVar[bool] = True
     name: ClassVar[str] = "speculative-branching"
     graph: ClassVar[Literal["batch"]] = "batch"
 
@@ -76,6 +79,8 @@ class SpeculativeBranching(Pass):
         some = c.drafted[rows] > 0
         if not some.any():
             return
+        if drafts.waited == 0:
+            batch.probes.add(self.name)
         batch.decode = np.concatenate([rows[~some], rows[some]])
         batch.facts[Phase.DECODE] = (DRAFTED,)
         if batch.notes.pop(PrefixDedup.name, None):
@@ -86,6 +91,12 @@ class SpeculativeBranching(Pass):
             f"{c.drafted[rows].sum()} tokens are guessed for {some.sum()} of {len(rows)} sequences{by}; "
             f"{of_text:.1f} of those from text are expected to hold"
         )
+
+    def leave_out(self, batch: Batch, fact: str) -> None:
+        """Each sequence gets its one token, and beginnings are read together again where that was decided."""
+        c, rows = batch.columns, batch.decode
+        c.drafted[rows] = 0
+        batch.facts[Phase.DECODE] = (CASCADE,) if c.common[rows].any() else ()
 
     def _look(self, c: Columns, rows: np.ndarray, drafts: Drafts) -> tuple[np.ndarray, Guesses | None]:
         """Which of the rows text is known for, and what it says; many rows are not looked at in every step."""
@@ -164,6 +175,7 @@ class SpeculativeBranching(Pass):
             if drafts.model_waited < 2 * self.probe:
                 return nobody
             most, deep = 0, 0
+            batch.probes.add(self.name)
         else:
             drafts.model_pause = drafts.model_rest = 0
         drafts.model_waited = 0

@@ -46,6 +46,22 @@ def test_so_do_steps_that_are_too_small_for_the_prompts(texts, budget):
     world.check_whole()
 
 
+@pytest.mark.parametrize("budget", range(5, 24))
+def test_a_beginning_that_comes_in_chunks_is_held_once(budget):
+    """A leader's chunks end with blocks, which its followers hold too: decodes can then read all of them together."""
+    world = World(capacity=4, blocks=40, budget=budget, caching=False, end=NEVER)
+    common, together = [0, 1, 2, 3, 4] * 4, 0
+    for last in range(4):
+        world.submit(str(last), [*common, last], max_tokens=3)
+    while world.scheduler.busy:
+        world.step()
+        c, rows = world.columns, world.scheduler._running
+        rows = rows[c.context[rows] >= len(common)]
+        assert (c.blocks[rows, :5] == c.blocks[rows[:1], :5]).all()
+        together = max(together, len(rows))
+    assert together == 4 and world.forwarded == len(common) + 4 * 3
+
+
 # orders
 
 

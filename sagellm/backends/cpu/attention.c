@@ -15,7 +15,7 @@
 #ifndef T
 #include "native.h"
 
-#define KEYS 96 /* of a tile */
+#define KEYS 48 /* of a tile: these and their values fit into the first-level cache; a multiple of 6 and 8 */
 #define QUERIES 128 /* of a unit of work, at most */
 #define PARTS 6 /* columns of the table of parts */
 
@@ -39,57 +39,58 @@ static inline void softmax(float *restrict s, float *restrict o, float *restrict
     }
     for (long i = 0; i < n * w; i += w)
 #pragma omp simd
-        for (int j = 0; j < w; j++) s[i + j] -= max[j];
-#pragma omp simd
-    for (long i = 0; i < n * w; i++) s[i] = exponential(s[i]);
-    for (long i = 0; i < n * w; i += w)
-#pragma omp simd
-        for (int j = 0; j < w; j++) sum[j] += s[i + j];
+        for (int j = 0; j < w; j++) sum[j] += s[i + j] = exponential(s[i + j] - max[j]);
 }
 
+/* Weighted values of R columns from e on: sums o [R][N * W] go on over the n keys. */
+#define VALUES(NAME, W, N, R)                                                                                        \
+    {                                                                                                               \
+        lanes##NAME t[R][N];                                                                                        \
+        for (int r = 0; r < R; r++)                                                                                 \
+            for (int c = 0; c < N; c++) t[r][c] = ((lanes##NAME *)(o + (e + r) * N * W))[c];                        \
+        for (long i = 0; i < n; i++) {                                                                              \
+            const lanes##NAME *x = (const lanes##NAME *)(s + i * N * W);                                            \
+            const float *y = v[i] + e;                                                                              \
+            for (int r = 0; r < R; r++)                                                                             \
+                for (int c = 0; c < N; c++) t[r][c] += x[c] * y[r];                                                 \
+        }                                                                                                           \
+        for (int r = 0; r < R; r++)                                                                                 \
+            for (int c = 0; c < N; c++) ((lanes##NAME *)(o + (e + r) * N * W))[c] = t[r][c];                        \
+    }
+
 /* A tile of n keys for N vectors of W queries: scores, softmax so far, weighted values.
- * q, o [d][N * W]; max, sum [N * W]; k, v: one pointer a key. S * N and R * N sums at a time hide the latency. */
-#define TILE(NAME, W, N, S, R)                                                                                      \
+ * q, o [d][N * W]; max, sum [N * W]; k, v: one pointer a key. R * N sums at a time hide the latency and fill the
+ * registers; Q columns at a time are taken first where d is no multiple of R. */
+#define TILE(NAME, W, N, R, Q)                                                                                       \
     typedef float lanes##NAME __attribute__((vector_size(4 * W), aligned(4), may_alias));                           \
     static void tile##NAME(const float *q, const float *const *k, const float *const *v, float *o, float *max,      \
                            float *sum, long n, long d) {                                                            \
         float s[KEYS * N * W];                                                                                     \
-        for (long i = 0; i < n; i += S) {                                                                           \
-            lanes##NAME t[S][N];                                                                                    \
-            for (int r = 0; r < S; r++)                                                                             \
+        for (long i = 0; i < n; i += R) {                                                                           \
+            lanes##NAME t[R][N];                                                                                    \
+            for (int r = 0; r < R; r++)                                                                             \
                 for (int c = 0; c < N; c++) t[r][c] = (lanes##NAME){0};                                             \
             for (long e = 0; e < d; e++) {                                                                          \
                 const lanes##NAME *x = (const lanes##NAME *)(q + e * N * W);                                        \
-                for (int r = 0; r < S; r++)                                                                         \
+                for (int r = 0; r < R; r++)                                                                         \
                     for (int c = 0; c < N; c++) t[r][c] += x[c] * k[i + r][e];                                      \
             }                                                                                                       \
-            for (int r = 0; r < S; r++)                                                                             \
+            for (int r = 0; r < R; r++)                                                                             \
                 for (int c = 0; c < N; c++) ((lanes##NAME *)(s + (i + r) * N * W))[c] = t[r][c];                    \
         }                                                                                                           \
         softmax(s, o, max, sum, n, d, N * W);                                                                       \
         long e = 0;                                                                                                 \
-        for (; e + R <= d; e += R) {                                                                                \
-            lanes##NAME t[R][N];                                                                                    \
-            for (int r = 0; r < R; r++)                                                                             \
-                for (int c = 0; c < N; c++) t[r][c] = ((lanes##NAME *)(o + (e + r) * N * W))[c];                    \
-            for (long i = 0; i < n; i++) {                                                                          \
-                const lanes##NAME *x = (const lanes##NAME *)(s + i * N * W);                                        \
-                const float *y = v[i] + e;                                                                          \
-                for (int r = 0; r < R; r++)                                                                         \
-                    for (int c = 0; c < N; c++) t[r][c] += x[c] * y[r];                                             \
-            }                                                                                                       \
-            for (int r = 0; r < R; r++)                                                                             \
-                for (int c = 0; c < N; c++) ((lanes##NAME *)(o + (e + r) * N * W))[c] = t[r][c];                    \
-        }                                                                                                           \
+        for (; (d - e) % R && e + Q <= d; e += Q) VALUES(NAME, W, N, Q)                                             \
+        for (; e + R <= d; e += R) VALUES(NAME, W, N, R)                                                            \
         for (; e < d; e++)                                                                                          \
             for (long i = 0; i < n; i++)                                                                            \
                 for (long j = 0; j < N * W; j++) o[e * N * W + j] += s[i * N * W + j] * v[i][e];                    \
     }
 
-TILE(4, 4, 1, 8, 8)
-TILE(8, 8, 1, 8, 8)
+TILE(4, 4, 1, 8, 4)
+TILE(8, 8, 1, 8, 4)
 #ifdef __AVX512F__
-TILE(16, 16, 1, 8, 8)
+TILE(16, 16, 1, 8, 4)
 #else
 TILE(16, 8, 2, 6, 4)
 #endif
@@ -120,9 +121,10 @@ static void NAME(walk)(const float *wide, float *o, float *max, float *sum, long
                        long head, long heads, long d, long block) {
     void (*tile)(const float *, const float *const *, const float *const *, float *, float *, float *, long, long) =
         m == 4 ? tile4 : m == 8 ? tile8 : tile16;
-#if !DIRECT
-    float kept[2][KEYS * d];
-#endif
+    /* Many queries read each key many times: then a copy of the tile, in one piece, stays in the first-level cache.
+     * In place, one head's keys lie as far apart as all heads take, and use a part of that cache's sets. */
+    int direct = DIRECT && all == m;
+    float kept[2][direct ? 1 : KEYS * d];
     for (long at = from; at < to; at += KEYS) {
         const float *k[KEYS], *v[KEYS];
         long n = to - at < KEYS ? to - at : KEYS, ahead = to - at < 2 * KEYS ? to - at : 2 * KEYS;
@@ -136,13 +138,11 @@ static void NAME(walk)(const float *wide, float *o, float *max, float *sum, long
                 }
                 continue;
             }
-#if DIRECT
-            k[i] = keys + slot, v[i] = values + slot;
-#else
+            k[i] = (const float *)(keys + slot), v[i] = (const float *)(values + slot);
+            if (direct) continue;
             for (long e = 0; e < d; e++) kept[0][i * d + e] = UP(keys[slot + e]);
             for (long e = 0; e < d; e++) kept[1][i * d + e] = UP(values[slot + e]);
             k[i] = kept[0] + i * d, v[i] = kept[1] + i * d;
-#endif
         }
         for (long i = n; i < KEYS; i++) k[i] = k[0]; /* scores of these are not read */
         for (long j = 0; j < all; j += m) tile(wide + j * d, k, v, o + j * d, max + j, sum + j, n, d);

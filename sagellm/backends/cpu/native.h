@@ -24,7 +24,8 @@ static inline float down_f32(float v) { return v; }
 
 /* 2^k * p(r): relative error below 2e-7 over the range that float can hold. */
 static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    x = x < -87.0f ? -87.0f : x; /* two statements, which compilers make a maximum and a minimum of */
+    x = x > 88.0f ? 88.0f : x;
     float k = __builtin_rintf(x * 1.44269504f);
     float r = x - k * 0.693359375f + k * 2.12194440e-4f;
     float p = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666657f + r * (0.0416657962f + r * (0.00833345205f + r * 0.00139171742f)))));
