@@ -14,8 +14,9 @@ from functools import partial
 import numpy as np
 from attrs import define, field
 
-from sagellm.batch import Batch, Columns, Moves
+from sagellm.batch import Batch, Columns, Moves, Stage
 from sagellm.errors import UserError
+from sagellm.kv.blocks import KINDS, whose
 from sagellm.kv.policies import Policy, policy
 from sagellm.kv.prefix import Chain, Details, HostTier, Lookup, PrefixIndex
 from sagellm.rows import aliased_blocks
@@ -215,7 +216,9 @@ class KVManager:
         records = self.index.blocks
         known = blocks[records["uses"][blocks] > 0]
         self.policy.before_use(known, np.maximum(self._began[row] - records["last_use"][known], 0))
-        records.use(blocks, int(self.columns.priority[row]))
+        c = self.columns
+        kind = "vector" if c.pooling[row] else "grammar" if c.stages[row] & Stage.GRAMMAR else "text"
+        records.use(blocks, int(c.priority[row]), whose(int(c.tenant[row]), KINDS.index(kind)))
         self.policy.after_use(blocks)
 
     # a step

@@ -8,7 +8,7 @@ from strategies import examples
 
 from sagellm.errors import UserError
 from sagellm.kv import lifetime
-from sagellm.kv.blocks import BRANCHED, Blocks
+from sagellm.kv.blocks import BRANCHED, Blocks, whose
 from sagellm.kv.policies import POLICIES, policy
 
 
@@ -192,6 +192,18 @@ def test_lifetime_learns_when_blocks_come_back():
             block += 10
     worth = life.worth(np.array([1, block - 20]))
     assert worth[0] > 3 * worth[1]
+
+
+def test_tenants_and_kinds_of_requests_are_told_apart():
+    """Of as much as is foretold of each, one tenant's blocks come back and another's do not; a third is new."""
+    eager, once, new = (whose(tenant, 0) for tenant in range(3))
+    used, foretold = np.zeros((2, lifetime.WHOSE))
+    foretold[[eager, once]] = 100.0
+    used[eager] = 180.0
+    got = lifetime.factors(used, foretold)
+    assert got[eager] == pytest.approx(1.75, abs=0.1) and got[once] < 0.1
+    assert got[new] == pytest.approx(0.9, abs=0.02), "as requests of its kind"
+    assert got[whose(0, 1)] == 1.0, "nothing is known of that kind"
 
 
 @pytest.mark.parametrize("name", POLICIES)
