@@ -16,12 +16,20 @@ EDGES = np.concatenate([[0.0], 4.0 * 2.0 ** (np.arange(BINS) / PER_OCTAVE)])
 FIRST_TICKS = np.ceil(EDGES[1:-1]).astype(np.int64)
 """The first whole age of each bin but the first."""
 USES = np.array([0, 0, 1, 2, 2, 3, 3, 3, 4])
+NEW = np.frexp(np.arange(65.0))[1].astype(np.int64)
+SPAN = np.digitize(np.arange(34), (9, 33))
+"""Which of these numbers of uses, of new blocks (0, 1, 2 to 3, 4 to 7, ...) and of blocks at all are alike."""
 LEVELS = (10, 6, 8, 3)
 """Kinds of blocks by uses and whether the last; of each by turn; of those by new blocks; of those by length."""
 CLASSES = math.prod(LEVELS)
 TRUST = 5.0
 """So many sequences' worth of what is seen of the wider kind counts as seen of each, at each age,"""
-WHOSE = TENANTS * len(KINDS)
+SPELL = 5
+SPELLS = BINS // SPELL
+"""Of tenants, so many bins are taken together,"""
+WHOSE = TENANTS, len(KINDS), LEVELS[0], SPELLS
+"""by kinds of requests and the widest kinds of blocks."""
+CELLS = math.prod(WHOSE[:3])
 USES_TRUST = 1.0
 """and so many uses for how often it is used at all."""
 KEEP = 0.99
@@ -38,9 +46,10 @@ class Lifetime(Policy):
     which nothing was seen yet count up to their age). A sequence's blocks come back together, so each counts for its
     part of one. A class of which little was seen is like the wider kind it belongs to: `shrunk`.
 
-    Tenants and kinds of requests differ in how often their blocks come back, which takes fewer uses to see than when:
-    a block's worth is that of its class, times the uses seen of its tenant's requests of its kind, for each that their
-    classes foretold (the sum of hazards over the time waited; the frailty of survival analysis, Andersen et al. 1993).
+    Tenants and kinds of requests differ in when their blocks come back. A block's worth is that of its class, times the
+    uses seen of its tenant's requests of its kind for each that their classes foretold: the sum of hazards over the
+    time waited, by age, as those that return soon do not return late (the frailty of survival analysis; Andersen et
+    al. 1993): `factors`.
 
     The worth of a block at age a is the greatest ratio, over all later ages b, of P(used before b) and E[time held
     until its use or b]: the index of Gittins (1979), which for one age b is the hit density of LHD (Beckmann et al.
@@ -62,19 +71,23 @@ class Lifetime(Policy):
         self.risk = np.zeros((1, BINS))
         """Uses to be expected until the middle of each bin,"""
         self.half = np.zeros((1, BINS))
-        """and from there to its end."""
-        self.used_by, self.foretold_of = np.zeros(WHOSE), np.zeros(WHOSE)
-        """Uses that were seen, and that were to be expected, of each tenant's requests of each kind."""
-        self.factor = np.ones(WHOSE)
+        """and from there to its end,"""
+        self.before = np.zeros((1, SPELLS + 1))
+        """and before each spell."""
+        self.used_by, self.foretold_of = np.zeros((2, CELLS, SPELLS))
+        """Uses that were seen, and that were to be expected, as in WHOSE;"""
+        self.factor = np.ones((CELLS, SPELLS))
+        """and what this makes of a worth."""
         self._next = 0
 
     def before_use(self, blocks: np.ndarray, waited: np.ndarray) -> None:
         records = self.blocks.records[blocks]
         mark, age, part = records["mark"], ages(waited), 1 / records["span"]
-        at = self.curve[mark], age
         np.add.at(self.used, (mark, age), part)
-        np.add.at(self.used_by, records["whose"], part)
-        np.add.at(self.foretold_of, records["whose"], (self.risk[at] + self.half[at]) * part)
+        cell, curve = _cells(records["whose"], mark), self.curve[mark]
+        np.add.at(self.used_by, (cell, age // SPELL), part)
+        risk = self.risk[curve, age] + self.half[curve, age]
+        np.add.at(self.foretold_of, cell, self._foretold(mark, risk, part))
 
     def after_use(self, blocks: np.ndarray) -> None:
         records = self.blocks.records[blocks]
@@ -83,7 +96,8 @@ class Lifetime(Policy):
     def lost(self, records: np.ndarray) -> None:
         mark, age, part = self._waits(records)
         np.add.at(self.censored, (mark, age), part)
-        np.add.at(self.foretold_of, records["whose"], self.risk[self.curve[mark], age] * part)
+        foretold = self._foretold(mark, self.risk[self.curve[mark], age], part)
+        np.add.at(self.foretold_of, _cells(records["whose"], mark), foretold)
 
     def _waits(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each: its class, the bin of its age, and its part of a sequence."""
@@ -95,10 +109,9 @@ class Lifetime(Policy):
             self._estimate()
             self._next = clock + min(ESTIMATE_EVERY, max(256, clock // 4))
         age = ages(clock - self.blocks["last_use"][blocks])
-        return (
-            self.table[self.curve[self.blocks["mark"][blocks]], age]
-            * self.factor[self.blocks["whose"][blocks]]
-        )
+        mark = self.blocks["mark"][blocks]
+        factor = self.factor[_cells(self.blocks["whose"][blocks], mark), age // SPELL]
+        return self.table[self.curve[mark], age] * factor
 
     def _estimate(self) -> None:
         records = np.concatenate([r[r["uses"] > 0] for r in (self.blocks.records, self.blocks.gone)])
@@ -108,14 +121,28 @@ class Lifetime(Policy):
         hazard, self.curve = shrunk(self.used, exposed)
         self.table, self.half = density(hazard), hazard / 2
         self.risk = hazard.cumsum(1) - self.half
-        foretold = self.risk[self.curve[mark], age] * part
-        foretold = self.foretold_of + np.bincount(records["whose"], foretold, WHOSE)
-        self.factor = factors(self.used_by, foretold)
+        self.before = np.pad(hazard.cumsum(1)[:, SPELL - 1 :: SPELL], ((0, 0), (1, 0)))
+        cell, spells = (
+            _cells(records["whose"], mark),
+            self._foretold(mark, self.risk[self.curve[mark], age], part),
+        )
+        foretold = self.foretold_of + np.stack([np.bincount(cell, spell, CELLS) for spell in spells.T], 1)
+        self.factor = factors(self.used_by.reshape(WHOSE), foretold.reshape(WHOSE)).reshape(CELLS, SPELLS)
         for counts in (self.used, self.censored, self.used_by, self.foretold_of):
             counts *= KEEP
 
+    def _foretold(self, mark: np.ndarray, risk: np.ndarray, part: np.ndarray) -> np.ndarray:
+        """float [blocks, SPELLS]: uses to be expected in each spell of blocks that waited through this much risk."""
+        before = self.before[self.curve[mark]]
+        return np.clip(risk[:, None] - before[:, :-1], 0, np.diff(before)) * part[:, None]
+
     def why(self, record: np.void, clock: int) -> str:
         return f"{super().why(record, clock)}; {record['worth'] * 1e3:.2g} uses expected in 1000 blocks' time"
+
+
+def _cells(whose: np.ndarray, mark: np.ndarray) -> np.ndarray:
+    """Of each: the cell of its request's tenant and kind, and of its widest kind."""
+    return whose * LEVELS[0] + mark // (CLASSES // LEVELS[0])
 
 
 def ages(ticks: np.ndarray) -> np.ndarray:
@@ -127,9 +154,9 @@ def classes(records: np.ndarray) -> np.ndarray:
     """Which blocks are alike."""
     uses = USES[np.minimum(records["uses"], 8)]
     last = records["depth"] == records["span"] - 1
-    turn = np.clip(records["turn"], -1, 4) + 1
-    new = np.frexp(np.minimum(records["new"], 64))[1]  # 0, 1, 2 to 3, 4 to 7, ...
-    span = np.digitize(records["span"], (9, 33))
+    turn = np.minimum(records["turn"], 4) + 1
+    new = NEW[np.minimum(records["new"], 64)]
+    span = SPAN[np.minimum(records["span"], 33)]
     return (((uses * 2 + last) * LEVELS[1] + turn) * LEVELS[2] + new) * LEVELS[3] + span
 
 
@@ -161,11 +188,15 @@ def shrunk(used: np.ndarray, exposed: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def factors(used: np.ndarray, foretold: np.ndarray) -> np.ndarray:
-    """float [WHOSE], uses seen and foretold of each tenant's requests of each kind -> how many are seen for each that
-    is foretold; where few are foretold, as many as with all requests of that kind."""
-    used, foretold = used.reshape(TENANTS, -1), foretold.reshape(TENANTS, -1)
-    kinds = (used.sum(0) + USES_TRUST) / (foretold.sum(0) + USES_TRUST)
-    return ((used + TRUST * kinds) / (foretold + TRUST)).ravel()
+    """float [TENANTS, KINDS, kinds of blocks, SPELLS], uses seen and foretold -> how many are seen for each that is
+    foretold, beside what all requests have of it. Where few are foretold, as many as of all blocks of the tenant's
+    requests of that kind, and where those are few, as many as of all requests of the kind; so where all requests are
+    of one tenant and kind, 1.
+    """
+    foretold = foretold * (used.sum((0, 1)) / np.maximum(foretold.sum((0, 1)), 1e-9))
+    kinds = (used.sum((0, 2)) + TRUST) / (foretold.sum((0, 2)) + TRUST)
+    whose = (used.sum(2) + TRUST * kinds) / (foretold.sum(2) + TRUST)
+    return (used + TRUST * whose[:, :, None]) / (foretold + TRUST)
 
 
 def density(hazard: np.ndarray) -> np.ndarray:
