@@ -347,7 +347,7 @@ def _put(column: np.ndarray, row: int, values, rest: float) -> np.ndarray:
 
 
 AHEAD = "ahead"
-"""When blocks go to host memory that stay on the device through the step: at any time in it."""
+"""When blocks move that the step neither reads nor writes: at any time in it."""
 
 
 @define
@@ -362,6 +362,8 @@ class Moves:
     """(block, slot in host memory), of blocks that stay through this step."""
     fetch: list[tuple[int, int]] = field(factory=list)
     """(slot in host memory, block)."""
+    fetch_ahead: list[tuple[int, int]] = field(factory=list)
+    """(slot in host memory, block), of a sequence that still waits."""
     copy: list[tuple[int, int]] = field(factory=list)
     """(block, block)."""
 
@@ -374,8 +376,8 @@ class Batch:
     """
 
     __slots__ = (
-        "ahead", "columns", "declines", "decode", "facts", "leaving", "moves", "notes", "offload", "prefill", "probes",
-        "spare",
+        "ahead", "columns", "coming", "declines", "decode", "facts", "leaving", "moves", "notes", "offload",
+        "prefill", "probes", "spare",
     )  # fmt: skip
 
     def __init__(self, columns: Columns, decode: np.ndarray, prefill: np.ndarray):
@@ -390,6 +392,8 @@ class Batch:
         """Tokens and KV blocks that guesses may take beside what the rows need."""
         self.leaving = self.ahead = np.zeros(0, np.int64)
         """Idle blocks that make room for this step, and those that may make room for the next, in their order."""
+        self.coming = 0
+        """Blocks that are fetched for the sequence that waits first."""
         self.offload = False
         """Do blocks that leave go to host memory?"""
 

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from attrs import frozen
 
-from sagellm.batch import Batch, Columns, Request
+from sagellm.batch import Batch, Columns, Request, SamplingParams
 from sagellm.bench.workload import TraceRow
 from sagellm.errors import UserError
+from sagellm.grammar import Grammar
 from sagellm.kv.blocks import Blocks
 from sagellm.kv.policies import POLICIES, Policy
 from sagellm.kv.prefix import Fate
@@ -25,6 +26,17 @@ from sagellm.passes.kv_eviction_placement import KVEvictionPlacement
 from sagellm.runtime.kv import KVManager
 
 BELADY = "belady"
+PLAIN, FORMED = SamplingParams(), SamplingParams(grammar=Grammar.regex(".*"))
+
+
+@frozen
+class Asked:
+    """A prompt, and who asks for what."""
+
+    ids: np.ndarray
+    """int32: its tokens."""
+    salt: str = ""
+    grammar: bool = False
 
 
 @frozen
@@ -62,11 +74,12 @@ class Belady(Policy):
     name = BELADY
     exact = True
 
-    def __init__(self, blocks: Blocks, prompts: Sequence[np.ndarray]):
+    def __init__(self, blocks: Blocks, prompts: Sequence[Asked]):
         super().__init__(blocks)
         self._next, following = [], {}
         for number in range(len(prompts) - 1, -1, -1):
-            ids = prompts[number].tolist()
+            asked = prompts[number]
+            ids = [(asked.salt, identity) for identity in asked.ids.tolist()]
             self._next.append([following.get(identity, len(prompts)) for identity in ids])
             following |= dict.fromkeys(ids, number)
 
@@ -78,10 +91,10 @@ class Belady(Policy):
 
 
 class Replay:
-    """A KV cache of so many blocks, under the pass with this policy; prompts are int32 arrays of tokens."""
+    """A KV cache of so many blocks, under the pass with this policy."""
 
-    def __init__(self, policy: str, blocks: int, prompts: Sequence[np.ndarray], block_size: int = 1):
-        longest = max(map(len, prompts))
+    def __init__(self, policy: str, blocks: int, prompts: Sequence[Asked], block_size: int = 1):
+        longest = max(len(asked.ids) for asked in prompts)
         needed = -(-longest // block_size)
         if blocks < needed:
             raise UserError(f"{blocks} blocks; accepted: at least {needed}, those of the longest request")
@@ -98,9 +111,9 @@ class Replay:
         """One request after another, as the scheduler and a step would have it; of each prompt, its full blocks."""
         c, kv, row = self.columns, self.kv, 0
         batch = Batch(c, np.zeros(0, np.int64), np.zeros(1, np.int64))
-        c.fill(row, Request("trace", [0]))
-        for number, ids in enumerate(self.prompts):
-            chain, length = kv.chain(""), len(ids)
+        for number, asked in enumerate(self.prompts):
+            ids, chain, length = asked.ids, kv.chain(asked.salt), len(asked.ids)
+            c.fill(row, Request("trace", [0], FORMED if asked.grammar else PLAIN, salt=asked.salt))
             c.tokens[row, :length], c.length[row] = ids, length
             fates = kv.index.fates(chain, ids, None) if explain else []
             lookup = kv.lookup(chain, ids, length=length)
@@ -125,10 +138,17 @@ class Replay:
         return Replayed(self.policy, self.kv.pool.total, hits, asked, evicted, self.deciding)
 
 
-def prompts(rows: Sequence[TraceRow]) -> list[np.ndarray]:
-    """The block ids of each request, as small numbers."""
+def prompts(rows: Sequence[TraceRow]) -> list[Asked]:
+    """The block ids of each request, as small numbers, in place of tokens."""
     numbers: dict[int, int] = {}
-    return [np.array([numbers.setdefault(i, len(numbers)) for i in row.hash_ids], np.int32) for row in rows]
+    return [
+        Asked(
+            np.array([numbers.setdefault(i, len(numbers)) for i in row.hash_ids], np.int32),
+            row.tenant,
+            row.grammar,
+        )
+        for row in rows
+    ]
 
 
 def compare(rows: Sequence[TraceRow], policies: Sequence[str], pools: Sequence[int]) -> Iterable[dict]:

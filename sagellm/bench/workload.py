@@ -51,10 +51,14 @@ class TraceRow:
     output_length: int
     hash_ids: tuple[int, ...]
     """One for each block of the prompt; equal ids stand for equal beginnings up to there."""
+    tenant: str = ""
+    """Whose request it is; those of different tenants share nothing."""
+    grammar: bool = False
+    """Its output has a form."""
 
 
 def read_trace(path: Path, limit: int | None = None) -> list[TraceRow]:
-    """JSON lines with `timestamp`, `input_length`, `output_length` and `hash_ids`."""
+    """JSON lines with `timestamp`, `input_length`, `output_length` and `hash_ids`, some with `tenant` or `grammar`."""
     rows: list[TraceRow] = []
     try:
         with path.open(encoding="utf-8") as lines:
@@ -78,6 +82,8 @@ def _row(line: str, where: str) -> TraceRow:
             int(entry["input_length"]),
             int(entry["output_length"]),
             tuple(map(int, entry["hash_ids"])),
+            str(entry.get("tenant", "")),
+            bool(entry.get("grammar", False)),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} is no request ({type(error).__name__}: {error}); {accepted}") from error

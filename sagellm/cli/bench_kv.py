@@ -19,11 +19,14 @@ from sagellm.kv.policies import POLICIES
               show_default=True, help="Size of the pool; several times for several.")  # fmt: skip
 @click.option("--requests", type=click.IntRange(1), help="Only so many of the trace.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the trace that is made.")
+@click.option(
+    "--tenants", is_flag=True, help="The trace that is made is of four tenants of different habits."
+)
 @click.option("--write", type=click.Path(path_type=Path), help="Write the trace that is made to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one line a result.")
-def kv(trace, policies, pools, requests, seed: int, write, as_json: bool) -> None:
+def kv(trace, policies, pools, requests, seed: int, tenants: bool, write, as_json: bool) -> None:
     """Which share of a trace's blocks is found in the KV cache, by policy, beside Belady's optimum."""
-    from sagellm.bench.conversations import conversations, write_trace
+    from sagellm.bench.conversations import ALONE, TENANTS, conversations, write_trace
     from sagellm.bench.kv import EVERY, compare
     from sagellm.bench.report import show
     from sagellm.bench.workload import read_trace
@@ -31,7 +34,10 @@ def kv(trace, policies, pools, requests, seed: int, write, as_json: bool) -> Non
     for name in policies:
         if name not in EVERY:
             raise unknown("policy", name, EVERY)
-    rows = read_trace(trace, requests) if trace else conversations(requests or 8000, seed)
+    if trace:
+        rows = read_trace(trace, requests)
+    else:
+        rows = conversations(requests or 8000, seed, TENANTS if tenants else ALONE)
     if write:
         write_trace(rows, write)
     for blocks in pools:

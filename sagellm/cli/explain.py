@@ -27,7 +27,7 @@ from sagellm.kv.prefix import Fate
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one line a request.")
 def explain(prompt, file, trace, policy: str, blocks: int, only, as_json: bool, **given) -> None:
     """Serve prompts one after another, without computing them, and tell what each finds in the KV cache and why."""
-    from sagellm.bench.kv import Replay, prompts
+    from sagellm.bench.kv import Asked, Replay, prompts
     from sagellm.bench.workload import read_trace
 
     texts = [*prompt, *(read_lines(file) if file else [])]
@@ -43,7 +43,7 @@ def explain(prompt, file, trace, policy: str, blocks: int, only, as_json: bool, 
 
         planner = Planner(engine_config(take(given, MODEL_NAMES)))
         size, tokenizer = planner.kv_schema.block_size, Tokenizer.load(planner.folder)
-        asked = [np.array(tokenizer.encode(text), np.int32) for text in texts]
+        asked = [Asked(np.array(tokenizer.encode(text), np.int32)) for text in texts]
     if only is not None and only >= len(asked):
         raise UserError(f"--request is {only}; accepted: 0 to {len(asked) - 1}")
     for served in Replay(policy, blocks, asked, size).serve(explain=True):
@@ -55,7 +55,8 @@ def explain(prompt, file, trace, policy: str, blocks: int, only, as_json: bool, 
             told = {"request": served.number, "found": served.found, "blocks": served.asked}
             click.echo(json.dumps(told | {"parts": blocks_told}))
             continue
-        length = len(asked[served.number])
+        ids = asked[served.number].ids
+        length = len(ids)
         click.echo(f"request {served.number}: {served.found} of {served.asked} blocks found, "
                    f"{min(served.found * size, length - 1)} of {length} {'tokens' if tokenizer else 'blocks'} "
                    "need not be computed")  # fmt: skip
@@ -64,7 +65,7 @@ def explain(prompt, file, trace, policy: str, blocks: int, only, as_json: bool, 
             click.echo(f"  {name:<16} {'found' if fate.found else 'missing':<8} {fate.why}")
         if tokenizer and served.found < served.asked:
             start = served.found * size
-            text = tokenizer.decode(asked[served.number][start : start + size].tolist())
+            text = tokenizer.decode(ids[start : start + size].tolist())
             click.echo(f"  the first missing block says {text!r}")
 
 

@@ -78,6 +78,7 @@ def _moves(batch: Batch) -> Iterator[tuple[type, dict[str, np.ndarray], dict]]:
         (kv.Fetch, ("slot", "block"), moves.fetch, {}),
         (kv.Copy, ("block", "copy"), moves.copy, {}),
         (kv.Offload, ("block", "slot"), moves.ahead, {"when": word(AHEAD)}),
+        (kv.Fetch, ("slot", "block"), moves.fetch_ahead, {"when": word(AHEAD)}),
     ):
         if pairs:
             yield kind, dict(zip(names, np.array(pairs).T)), properties

@@ -18,18 +18,29 @@ RECORD = np.dtype(
         ("span", np.int32),
         ("new", np.int32),
         ("priority", np.int32),
+        ("whose", np.int32),
         ("mark", np.int32),
         ("worth", np.float32),
         ("again", np.bool_),
-    ]
+    ],
+    align=True,
 )
 """depth: its number in its sequence, from 0. parent: the block before it, -1 at the beginning. last_use, entered: on
 the clock. uses: sequences that ended with it. turn: how often the conversation of its last sequence had gone on; -1
 where that sequence shared a beginning and went another way. span: full blocks of that sequence. new: of these, those
-not used before. priority: of its request; lower is more urgent. mark: the policy's own. worth: when it was last
-ranked. again: it came back after it had left."""
+not used before. priority: of its request; lower is more urgent. whose: that request's tenant and kind. mark: the
+policy's own. worth: when it was last ranked. again: it came back after it had left."""
 
 BRANCHED = -1
+TENANTS = 256
+"""So many are told apart; of more, some count as one."""
+KINDS = ("text", "grammar", "vector")
+"""What a request wants: to be continued, to be continued in a form, or its prompt's vector."""
+
+
+def whose(tenant: int, kind: int) -> int:
+    """A number for requests of a tenant, any number, and of one of KINDS."""
+    return tenant % TENANTS * len(KINDS) + kind
 
 
 def times(uses: int) -> str:
@@ -67,7 +78,7 @@ class Blocks:
         new = np.flatnonzero(self.records["uses"][blocks] == 0)
         return int(new[0]) if len(new) else len(blocks)
 
-    def use(self, blocks: np.ndarray, priority: int) -> None:
+    def use(self, blocks: np.ndarray, priority: int, whose: int = 0) -> None:
         """A sequence ended that had these blocks, from its beginning on."""
         records, known = self.records, self.known(blocks)
         turn = 0
@@ -82,6 +93,7 @@ class Blocks:
         records["span"][blocks] = len(blocks)
         records["new"][blocks] = len(blocks) - known
         records["priority"][blocks] = priority
+        records["whose"][blocks] = whose
         records["last_use"][blocks] = self.clock
 
     def first_to_leave(self, idle: np.ndarray, worth: np.ndarray, count: int) -> np.ndarray:
@@ -94,9 +106,9 @@ class Blocks:
         behind = (parent >= 0) & (depth[parent] == depth[idle] - 1)
         above = np.arange(len(value))
         above[idle] = np.where(behind, parent, idle)
-        while (value[above[idle]] < value[idle]).any():  # 1, 2, 4, ... blocks up
-            np.maximum.at(value, above[idle], value[idle])
-            above[idle] = above[above[idle]]
+        while np.count_nonzero(value[above] < value):  # 1, 2, 4, ... blocks up
+            np.maximum.at(value, above, value)
+            above = above[above]
         worth = value[idle]
         if count < len(idle):
             chosen = worth <= np.partition(worth, count - 1)[count - 1]

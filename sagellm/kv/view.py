@@ -21,8 +21,13 @@ class KVView(Protocol):
         """Keep blocks that nobody holds until room is needed; this policy says which of them leave first."""
         ...
 
+    def coming(self, batch: Batch) -> int:
+        """Blocks of the sequence that waits first that are in host memory, as many as there is room for in this step
+        without one leaving that it needs."""
+        ...
+
     def shortage(self, batch: Batch) -> int:
-        """Blocks that must leave for this step."""
+        """Blocks that must leave for this step, and for what comes in it ahead."""
         ...
 
     def first_to_leave(self, count: int) -> np.ndarray:

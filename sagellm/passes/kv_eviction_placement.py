@@ -19,11 +19,12 @@ class KVEvictionPlacement(Pass):
     """Keeps KV blocks that nobody holds for later sequences; a policy says which of them leave when room is needed.
 
     Without this pass a block is free as soon as nobody holds it: only sequences that run at the same time share one.
-    decide: chooses the blocks that leave for this step, and whether they go to host memory or are dropped; then also
-    as many again, those next to leave, to be copied ahead of their turn.
-    apply: puts the copies made ahead behind `batch.forward`: nothing overwrites their blocks in this step, so they can
-    run beside it, and the step that needs the room has nothing to wait for. Other copies stay before `kv.allocate`,
-    which hands their blocks out again, and `kv.fetch` stays before the forward that reads its blocks.
+    decide: has blocks in host memory fetched for the sequence that waits first, as far as there is room; chooses the
+    blocks that leave for this step, and whether they go to host memory or are dropped; then also as many again, those
+    next to leave, to be copied ahead of their turn.
+    apply: puts the copies made ahead, either way, behind `batch.forward`: the step does not touch their blocks, so they
+    can run beside it, and the step that needs the room, or what was fetched, has nothing to wait for. Other copies
+    stay before `kv.allocate`, which hands their blocks out again, and other fetches before the forward that reads them.
     Declines to offload where there is no host memory, or where a copy costs more than computing a block again.
     """
 
@@ -45,22 +46,30 @@ class KVEvictionPlacement(Pass):
     def decide(self, batch: Batch, view: StepView) -> None:
         batch.leaving = batch.ahead = batch.leaving[:0]
         cache = view.kv
-        if cache is None or not (short := cache.shortage(batch)):
+        batch.coming = 0
+        if cache is None:
+            return
+        batch.coming = cache.coming(batch)
+        if batch.coming:
+            batch.notes[self.name] = f"{batch.coming} blocks are fetched for the sequence that waits first"
+        if not (short := cache.shortage(batch)):
             return
         batch.offload = self.offload and cache.copies_pay
         chosen = cache.first_to_leave(2 * short if batch.offload else short)
         batch.leaving, batch.ahead = chosen[:short], chosen[short:]
         where = "go to host memory" if batch.offload else "are dropped"
-        batch.notes[self.name] = f"{len(batch.leaving)} blocks leave and {where}"
+        note = f"{len(batch.leaving)} blocks leave and {where}"
+        batch.notes[self.name] = f"{note}; {batch.notes[self.name]}" if batch.coming else note
 
     @rewrites(kv.Evict)
     def leave(self, op: kv.Evict, graph: IRGraph, context: PassContext) -> None:
         self.applied(context, op, "blocks were kept until room was needed")
 
-    @rewrites(kv.Offload)
-    def place(self, op: kv.Offload, graph: IRGraph, context: PassContext) -> None:
+    @rewrites(kv.Offload, kv.Fetch)
+    def place(self, op: kv.Offload | kv.Fetch, graph: IRGraph, context: PassContext) -> None:
         if op.when is None or op.when.data != AHEAD:
-            self.declined(context, op, "this step hands its blocks out again")
+            needed = "hands its blocks out again" if isinstance(op, kv.Offload) else "reads its blocks"
+            self.declined(context, op, f"this step {needed}")
             return
         block = op.parent
         forward = next((o for o in block.ops if isinstance(o, b.Forward)), None) if block else None
@@ -69,4 +78,4 @@ class KVEvictionPlacement(Pass):
             return
         op.detach()
         insert_after(forward, op)
-        self.applied(context, op, "nothing overwrites its blocks in this step, so it runs beside the forward")
+        self.applied(context, op, "this step does not touch its blocks, so it runs beside the forward")

@@ -118,6 +118,8 @@ class Executor:
                 HOST[f"kv.{name}"](self)
         if self.kv.moves.ahead:
             self.offload(when=AHEAD)
+        if self.kv.moves.fetch_ahead:
+            self.fetch(when=AHEAD)
 
     @property
     def forwarded(self) -> int:
@@ -164,9 +166,9 @@ class Executor:
         self._host[torch.from_numpy(slots)] = values
         self._copied(len(blocks), began)
 
-    def fetch(self) -> None:
+    def fetch(self, when: str = "") -> None:
         began = time.perf_counter()
-        slots, blocks = _taken(self.kv.moves.fetch)
+        slots, blocks = _taken(self.kv.moves.fetch_ahead if when == AHEAD else self.kv.moves.fetch)
         self.cache.write(blocks, self._host[torch.from_numpy(slots)])
         self._copied(len(blocks), began)
 

@@ -234,6 +234,7 @@ class Scheduler:
 
     def propose(self) -> Batch:
         """Admit what has room; every running sequence is a candidate for the step with all its tokens."""
+        self.kv.expect(None)
         if self._queue:
             self._admit()
         c, rows = self.columns, self._running
@@ -352,6 +353,7 @@ class Scheduler:
             if not self._free or not self._has_room(sequence, lookup):
                 row = self._lower_rank(sequence)
                 if row is None:
+                    self.kv.expect(sequence.chain, sequence.known, lookup)
                     return
                 self.preempt(row)
                 continue

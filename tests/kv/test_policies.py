@@ -8,7 +8,7 @@ from strategies import examples
 
 from sagellm.errors import UserError
 from sagellm.kv import lifetime
-from sagellm.kv.blocks import BRANCHED, Blocks
+from sagellm.kv.blocks import BRANCHED, KINDS, Blocks, whose
 from sagellm.kv.policies import POLICIES, policy
 
 
@@ -192,6 +192,21 @@ def test_lifetime_learns_when_blocks_come_back():
             block += 10
     worth = life.worth(np.array([1, block - 20]))
     assert worth[0] > 3 * worth[1]
+
+
+def test_tenants_and_kinds_of_requests_are_told_apart():
+    """Of as much as is foretold of each, one tenant's blocks come back and another's do not; a third is new."""
+    eager, once, new, formed = whose(1, 0), whose(2, 0), whose(3, 0), whose(1, 1)
+    used, foretold = np.zeros((2, lifetime.TENANTS * len(KINDS), *lifetime.WHOSE[2:]))
+    foretold[[eager, once], 0] = 100.0
+    used[eager, 0] = 200.0
+    got = lifetime.factors(used.reshape(lifetime.WHOSE), foretold.reshape(lifetime.WHOSE)).reshape(used.shape)
+    assert (got[eager, 0] > 1.9).all() and (got[once, 0] < 0.1).all()
+    assert got[eager, 1] == pytest.approx(got[eager, 0], rel=0.1), "as other blocks of that tenant"
+    assert got[new] == pytest.approx(1.0, abs=0.01) == got[formed], "as usual"
+    used[once, 0] = 200.0
+    got = lifetime.factors(used.reshape(lifetime.WHOSE), foretold.reshape(lifetime.WHOSE))
+    assert got == pytest.approx(1.0, abs=0.01), "where all are alike nothing changes"
 
 
 @pytest.mark.parametrize("name", POLICIES)

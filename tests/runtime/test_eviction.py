@@ -96,6 +96,97 @@ def test_a_copy_that_a_failed_step_did_not_make_is_made_before_its_block_is_over
     assert ahead
 
 
+def waiting() -> World:
+    """One row, which runs; the beginning of what waits is in host memory."""
+    world = World(capacity=1, blocks=12, host_slots=40, end=NEVER)
+    for first in range(4):
+        world.submit(str(first), [first] * 20, max_tokens=1)
+        world.run_all()
+    world.submit("runs", [9] * 5, max_tokens=4)
+    world.step()
+    world.submit("waits", [0] * 20, max_tokens=1)
+    return world
+
+
+def operations(batch: Batch) -> list[str]:
+    """Of the step's graph, as the pass leaves it."""
+    graph = step_graph(lower(batch, vocab_size=8))
+    context = PassContext(backends.load("cpu").capability)
+    pipeline("kv-eviction-placement").run(graph, "batch", context, "full")
+    return [op.name for op in graph.walk() if op.name.startswith(("kv.", "batch."))]
+
+
+def test_what_waits_has_its_blocks_fetched_beside_a_step_before_its_own():
+    world = waiting()
+    batch = world.schedule()
+    names = operations(batch)
+    assert batch.coming == 5 and names.index("kv.fetch") > names.index("batch.forward")
+    world.run(batch, lambda row: False)
+    world.check()
+    while world.scheduler.running and world.scheduler.waiting:
+        batch = world.schedule()
+        assert "kv.fetch" not in operations(batch)
+        world.run(batch, lambda row: False)
+        world.check()
+    batch = world.schedule()
+    assert world.scheduler.waiting == 0 and "kv.fetch" not in operations(batch)
+    forwarded = world.forwarded
+    world.run(batch, lambda row: False)
+    assert world.forwarded - forwarded == 1, "its last token"
+    assert world.kv.counts.fetched == 20 and world.kv.counts.fetched_ahead == 5
+    world.check_whole()
+
+
+def test_nothing_is_fetched_for_what_was_aborted():
+    world = waiting()
+    world.scheduler.abort("waits")
+    batch = world.step()
+    assert not batch.coming and not world.kv.counts.fetched_ahead
+    world.run_all()
+    world.check_whole()
+
+
+def test_what_was_fetched_for_an_aborted_request_makes_room_like_any_other_block():
+    world = waiting()
+    world.step()
+    assert world.kv.counts.fetched_ahead == 5
+    world.scheduler.abort("waits")
+    world.step()
+    left = world.kv.first_to_leave(world.pool.idle)
+    assert len(left) == world.pool.idle and not len(world.kv._promised)
+    for first in range(5, 8):
+        world.submit(str(first), [first] * 20, max_tokens=1)
+        world.run_all()
+        world.check()
+    lookup = world.kv.lookup(world.kv.chain(""), np.zeros(20, np.int32), length=20)
+    assert lookup.blocks.count(-1) >= 4 and world.kv.counts.fetched_ahead == 5
+    world.check_whole()
+
+
+def test_what_waits_keeps_its_blocks_until_others_are_gone():
+    world = World(capacity=1, blocks=12, end=NEVER)
+    for first in range(2):
+        world.submit(str(first), [first] * 20, max_tokens=1)
+        world.run_all()
+    world.submit("runs", [9] * 3, max_tokens=15)
+    world.step()
+    world.submit("waits", [0] * 20, max_tokens=1)
+    world.run_all()
+    assert world.kv.counts.evicted["lru"] >= 3
+    assert world.kv.counts.hit == 19, "lru alone would drop these first"
+
+
+def test_a_fetch_that_a_failed_step_did_not_make_is_made_before_its_blocks_are_read():
+    world = waiting()
+    world.step(breaks=lambda row: True)
+    assert len(world.kv.moves.fetch_ahead) == 5
+    batch = world.schedule()
+    names = operations(batch)
+    assert names.index("kv.fetch") < names.index("batch.forward")
+    world.run(batch, lambda row: False)
+    world.check_whole()
+
+
 @pytest.mark.parametrize("first, then", [("lru", "lifetime"), ("lifetime", "s3-fifo")])
 def test_another_policy_takes_over_while_running(first, then):
     world = World(capacity=1, blocks=12, policy=first, end=NEVER)

@@ -162,7 +162,10 @@ class World:
             raise Broken
         for block, slot in moves.ahead:
             self.host[slot] = self.cache[block]
+        for slot, block in moves.fetch_ahead:
+            self.cache[block] = self.host[slot]
         moves.ahead.clear()
+        moves.fetch_ahead.clear()
         self.forwarded += rows.forwarded
         outputs = batch.output_rows().tolist()
         for row in every:
@@ -238,7 +241,8 @@ class World:
         assert sorted([*self.scheduler._free, *rows.tolist()]) == list(range(c.capacity))
         assert sorted(self.scheduler.sequences) == sorted(rows.tolist())
         assert self.scheduler.waiting == sum(1 for _ in self.scheduler.queued())
-        pending = {block for _, block in self.kv.moves.fetch} | {copy for _, copy in self.kv.moves.copy}
+        moves = self.kv.moves
+        pending = {block for _, block in (*moves.fetch, *moves.fetch_ahead, *moves.copy)}
         for row in rows.tolist():
             assert c.context[row] < c.length[row]
             for position in range(c.context[row]):

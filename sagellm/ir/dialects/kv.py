@@ -54,9 +54,11 @@ class Offload(_Move):
 
 @irdl_op_definition
 class Fetch(_Move):
-    """Copy blocks from host memory back to the device."""
+    """Copy blocks from host memory back to the device: those that the step reads, or, `when = ahead`, those of a
+    sequence that still waits. The step does not touch these, so their copy may stand anywhere in it."""
 
     name = "kv.fetch"
+    when = opt_prop_def(StringAttr)
     READS: ClassVar = ("host",)
     WRITES: ClassVar = ("kv",)
 

@@ -14,11 +14,13 @@ builtin.module {
     // CHECK-NEXT: kv.fetch {table = #batch.table<1 rows>}
     // CHECK-NEXT: kv.copy {table = #batch.table<1 rows>}
     // CHECK-NEXT: kv.offload {table = #batch.table<2 rows>, when = ahead}
+    // CHECK-NEXT: kv.fetch {table = #batch.table<2 rows>, when = ahead}
     kv.evict {table = #batch.table<2 rows>}
     kv.offload {table = #batch.table<1 rows>}
     kv.fetch {table = #batch.table<1 rows>}
     kv.copy {table = #batch.table<1 rows>}
     kv.offload {table = #batch.table<2 rows>, when = ahead}
+    kv.fetch {table = #batch.table<2 rows>, when = ahead}
     // CHECK: %blocks = kv.allocate %decode, %prefill : !kv.blocks
     // GENERIC: %blocks = "kv.allocate"(%decode, %prefill) : (!batch.group<decode>, !batch.group<prefill>) -> !kv.blocks
     %blocks = kv.allocate %decode, %prefill : !kv.blocks
