@@ -32,20 +32,30 @@ class Launched(ABC):
         """The last lines it said."""
 
 
-class Launcher(ABC):
+class Place(ABC):
+    """A machine on which one server is to run."""
+
     host: str
-    """Where the servers it starts can be reached."""
+    """Where it can be reached from here."""
+
+    @abstractmethod
+    async def free_port(self) -> int: ...
 
     @abstractmethod
     async def launch(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> Launched:
         """Start it; what it says goes to the file `log`. Raises FileNotFoundError where there is no such program."""
 
-    @abstractmethod
-    def adopt(self, pid: int, log: Path) -> Launched:
-        """A process that an earlier one of its kind had started."""
+
+class Launcher(ABC):
+    """Finds places for servers."""
 
     @abstractmethod
-    async def free_port(self) -> int: ...
+    async def place(self, device: str | None, ranks: int) -> Place:
+        """A machine that has so many of these devices free. Raises UserError where there is none."""
+
+    @abstractmethod
+    def adopt(self, pid: int, log: Path) -> Launched | None:
+        """A process that an earlier launcher of this kind had started, if it goes on."""
 
 
 class LocalProcess(Launched):
@@ -87,8 +97,13 @@ def _runs(pid: int) -> bool:
     return True
 
 
-class LocalLauncher(Launcher):
+class LocalLauncher(Launcher, Place):
+    """This machine, whatever the device: engines say themselves what they lack."""
+
     host = "127.0.0.1"
+
+    async def place(self, device, ranks) -> Place:
+        return self
 
     async def launch(self, command, env, log) -> Launched:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -103,8 +118,8 @@ class LocalLauncher(Launcher):
             )
         return LocalProcess(process.pid, log, process)
 
-    def adopt(self, pid: int, log: Path) -> Launched:
-        return LocalProcess(pid, log)
+    def adopt(self, pid, log) -> Launched | None:
+        return LocalProcess(pid, log) if _runs(pid) else None
 
     async def free_port(self) -> int:
         with socket.socket() as found:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from attrs import asdict, define, field, frozen
+from attrs import asdict, define, evolve, field, frozen
 from attrs.validators import optional
 from pydantic_core import from_json
 
@@ -383,10 +383,11 @@ class ControlPlaneManager:
         name = engine_id or self._free_id(engine_kind)
         if name in self.members:
             raise UserError(f"engine id {name!r} is in use; accepted: a new one")
+        place = await self.launcher.place(asked.device, asked.tensor_parallel * asked.pipeline_parallel)
         engine = make.launched(
-            asked,
-            self.launcher,
-            port or await self.launcher.free_port(),
+            evolve(asked, host=place.host),
+            place,
+            port or await place.free_port(),
             engine_id=name,
             log=self._log(name),
         )
@@ -400,7 +401,7 @@ class ControlPlaneManager:
         info = EngineInfo(
             engine_id=name,
             model_id=asked.served_model_name or model,
-            host=self.launcher.host,
+            host=place.host,
             port=engine.port,
             engine_kind=engine_kind,
             metadata=facts,

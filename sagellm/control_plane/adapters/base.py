@@ -12,7 +12,7 @@ from attrs import field, frozen
 from attrs.validators import optional
 
 from sagellm import checks
-from sagellm.control_plane.launch import Launched, Launcher
+from sagellm.control_plane.launch import Launched, Launcher, Place
 from sagellm.control_plane.remote import RemoteEngine
 from sagellm.errors import UserError
 
@@ -24,6 +24,8 @@ class EngineOptions:
     model: str = field(validator=checks.text)
     """Folder or hub name; what clients call it unless `served_model_name` says otherwise."""
     served_model_name: str | None = field(default=None, validator=optional(checks.text))
+    host: str = field(default="127.0.0.1", validator=checks.text)
+    """Address that it listens on."""
     device: str | None = field(default=None, validator=optional(checks.text))
     backend: str | None = field(default=None, validator=optional(checks.text))
     kv_schema: str | None = field(default=None, validator=optional(checks.text))
@@ -55,17 +57,17 @@ class ServerAdapter(RemoteEngine):
     """What to do where the engine is not installed: one line."""
 
     _options: EngineOptions | None = None
-    _launcher: Launcher | None = None
+    _place: Place | None = None
     _process: Launched | None = None
 
     @classmethod
     def launched(
-        cls, options: EngineOptions, launcher: Launcher, port: int, *, engine_id: str, log: Path
+        cls, options: EngineOptions, place: Place, port: int, *, engine_id: str, log: Path
     ) -> ServerAdapter:
-        """A server that `start` starts, on this port of the launcher's machine. Raises UserError for bad options."""
+        """A server that `start` starts, at this place and port. Raises UserError for bad options."""
         cls.command(options, port)
-        adapter = cls(f"http://{launcher.host}:{port}", options.served_model_name, engine_id=engine_id)
-        adapter._options, adapter._launcher = options, launcher
+        adapter = cls(f"http://{options.host}:{port}", options.served_model_name, engine_id=engine_id)
+        adapter._options, adapter._place = options, place
         adapter.port, adapter.log = port, log
         return adapter
 
@@ -90,17 +92,17 @@ class ServerAdapter(RemoteEngine):
 
     async def spawn(self) -> None:
         """Start the process; it is not ready yet. Raises UserError where the engine is not installed."""
-        assert self._launcher is not None and self._options is not None and self._process is None
+        assert self._place is not None and self._options is not None and self._process is None
         command = self.command(self._options, self.port)
         try:
             env = self.environment(self._options)
-            self._process = await self._launcher.launch(command, env, self.log)
+            self._process = await self._place.launch(command, env, self.log)
         except FileNotFoundError as error:
             raise UserError(f"{command[0]!r} was not found; {self.MISSING}") from error
 
     def adopt(self, launcher: Launcher, pid: int, log: Path) -> None:
         """Take over a process that another control plane had started."""
-        self._process = launcher.adopt(pid, log)
+        self._process, self.log = launcher.adopt(pid, log), log
 
     async def ended(self) -> str:
         """Where its process has ended: one line with the last it said; else empty."""
@@ -111,7 +113,7 @@ class ServerAdapter(RemoteEngine):
 
     async def start(self) -> None:
         """Raises UserError where the server ends before it is ready, with the last it said."""
-        if self._launcher is not None and self._process is None:
+        if self._place is not None and self._process is None:
             await self.spawn()
         waits = asyncio.create_task(super().start())
         try:

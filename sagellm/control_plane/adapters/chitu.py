@@ -80,7 +80,7 @@ class ChituAdapter(ServerAdapter):
         if options.served_model_name is None:
             raise UserError("served_model_name is None for Chitu; accepted: a name of its config/models")
         given = {
-            "serve.host": "127.0.0.1",
+            "serve.host": options.host,
             "serve.port": port,
             "models": options.served_model_name,
             "models.ckpt_dir": options.model,

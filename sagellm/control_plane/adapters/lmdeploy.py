@@ -71,7 +71,7 @@ class LMDeployAdapter(ServerAdapter):
             if value is not None and value not in accepted:
                 raise unknown(f"{what} for LMDeploy", value, accepted)
         given = {
-            "--server-name": "127.0.0.1",
+            "--server-name": options.host,
             "--server-port": port,
             "--model-name": options.served_model_name,
             "--backend": options.backend,

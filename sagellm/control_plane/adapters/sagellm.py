@@ -27,6 +27,8 @@ class SageLLMAdapter(ServerAdapter):
         if options.backend is not None and options.device is not None:
             options.refuse(cls.KIND, "backend")
         given = {
+            "--host": options.host,
+            "--port": port,
             "--served-model-name": options.served_model_name,
             "--device": options.device or options.backend,
             "--kv-schema": options.kv_schema,
@@ -35,5 +37,5 @@ class SageLLMAdapter(ServerAdapter):
             "--max-model-len": options.max_model_len,
         }
         words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
-        command = [sys.executable, "-m", "sagellm", "serve", options.model, "--port", str(port)]
+        command = [sys.executable, "-m", "sagellm", "serve", options.model]
         return [*command, *words, *options.extra]

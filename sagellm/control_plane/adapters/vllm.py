@@ -57,7 +57,7 @@ class VLLMBackendAdapter(ServerAdapter):
         if options.kv_schema is not None and options.kv_schema not in KV_DTYPES:
             raise unknown("kv_schema for vLLM", options.kv_schema, KV_DTYPES)
         given = {
-            "--host": "127.0.0.1",
+            "--host": options.host,
             "--port": port,
             "--served-model-name": options.served_model_name,
             "--kv-cache-dtype": options.kv_schema,
