@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
@@ -103,7 +103,13 @@ def make_app(
         return errors.answer(503, str(error), code="engine_lost")
 
     _openai(app, manager)
-    router = APIRouter(prefix="/v1/management", route_class=BoundedRoute)
+
+    async def no_pages(request: Request) -> None:
+        """Without a key, pages of the web must not start engines through the browser of who runs this."""
+        if not keys and request.headers.get("origin") is not None:
+            raise APIError(403, "requests of web pages need a key; accepted: a control plane with --api-key")
+
+    router = APIRouter(prefix="/v1/management", route_class=BoundedRoute, dependencies=[Depends(no_pages)])
     _management(router, manager)
     app.include_router(router)
     app.add_middleware(Guard, keys=keys, max_body_bytes=max_body_bytes)

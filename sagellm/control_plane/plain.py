@@ -17,7 +17,7 @@ from starlette.routing import Route
 from sagellm.batch import SamplingParams
 from sagellm.engine.base import BaseInferenceEngine, GenerateRequest, GenerateResult
 from sagellm.errors import QueueFull, UserError
-from sagellm.server.errors import answer, body_of
+from sagellm.server.errors import APIError, answer, body_of
 
 SAMPLING = {a.name for a in fields(SamplingParams)} - {"logprobs", "prompt_logprobs", "grammar"}
 IGNORED = {"model", "user", "stream_options", "metadata", "store"}
@@ -40,7 +40,7 @@ def plain_app(engine: BaseInferenceEngine) -> Starlette:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def completions(request: Request) -> Response:
-        body = await _body(request)
+        body = await read(request)
         how = _sampling(body, {"prompt", "stream", "priority", "cache_salt"})
         prompt = body.get("prompt")
         if not isinstance(prompt, (str, list)) or not prompt:
@@ -66,7 +66,7 @@ def plain_app(engine: BaseInferenceEngine) -> Starlette:
         )
 
     async def chat(request: Request) -> Response:
-        body = await _body(request)
+        body = await read(request)
         how = _sampling(body, {"messages", "stream"})
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
@@ -89,7 +89,7 @@ def plain_app(engine: BaseInferenceEngine) -> Starlette:
         )
 
     async def embeddings(request: Request) -> Response:
-        body = await _body(request)
+        body = await read(request)
         given = body.get("input")
         texts = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
         vectors = await engine.embed(texts)
@@ -98,6 +98,16 @@ def plain_app(engine: BaseInferenceEngine) -> Starlette:
             for i, vector in enumerate(vectors)
         ]
         return JSONResponse({"object": "list", "data": data, "model": engine.model_id})
+
+    async def read(request: Request) -> dict[str, Any]:
+        body = await _body(request)
+        if body.get("model") not in (None, engine.model_id):
+            raise APIError(404, f"the model {body['model']!r} does not exist; accepted: {engine.model_id!r}")
+        return body
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        assert isinstance(error, APIError)
+        return answer(error.status, error.message, param="model", code="model_not_found")
 
     async def refused(request: Request, error: Exception) -> Response:
         return answer(429 if isinstance(error, QueueFull) else 400, str(error))
@@ -110,7 +120,7 @@ def plain_app(engine: BaseInferenceEngine) -> Starlette:
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/embeddings", embeddings, methods=["POST"]),
         ],
-        exception_handlers={UserError: refused},
+        exception_handlers={UserError: refused, APIError: unknown},
     )
 
 
@@ -125,7 +135,7 @@ async def _body(request: Request) -> dict[str, Any]:
 
 
 def _sampling(body: Mapping[str, Any], own: set[str]) -> SamplingParams:
-    given = {k: v for k, v in body.items() if v is not None and k not in own | IGNORED}
+    given = {k: v for k, v in body.items() if v is not None and v is not False and k not in own | IGNORED}
     if (most := given.pop("max_completion_tokens", None)) is not None:
         given["max_tokens"] = most
     if unknown := sorted(set(given) - SAMPLING):

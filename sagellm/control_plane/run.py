@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +15,13 @@ from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.errors import UserError
 from sagellm.server.config import ServerConfig
 from sagellm.server.run import listen
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def parse_engine(text: str) -> dict[str, Any]:
@@ -39,7 +47,9 @@ def run(
     keys: tuple[str, ...] = (),
     drain_seconds: float = 30,
 ) -> None:
-    """Serve until SIGINT or SIGTERM."""
+    """Serve until SIGINT or SIGTERM. Raises UserError where others could start processes here without a key."""
+    if not keys and not is_loopback(host):
+        raise UserError(f"host is {host} and there is no key; accepted: --api-key, or a loopback address")
     for given in engines:
         manager.register_engine(**({"model_id": ""} | given))
     with listen(ServerConfig(host=host, port=port)) as found:
