@@ -16,7 +16,7 @@ from sagellm.engine.stats import EngineLoad
 
 PATH = "/v1/chat/completions"
 MODEL = "model"
-AT_ONCE = 50
+AT_ONCE = 10
 """Requests that are on their way together; of so many the time is taken."""
 KINDS = (("sagellm", "ascend:910B3"), ("sagellm", "cuda"), ("vllm", "cuda"), ("sagellm", "cpu"))
 SYSTEM_PROMPTS, SHARED, OWN = 8, 500, 500

@@ -68,6 +68,6 @@ def ask_of(path: str, body: Mapping[str, Any], request: RequestMetadata) -> Ask:
         priority=request.priority,
         cost_budget=request.cost_budget,
         preferred=request.preferred_instance_id,
-        tags=request.tags,
+        tags={str(name): str(value) for name, value in request.tags.items()} if request.tags else {},
         ranks=request.parallelism_hint or 1,
     )

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from attrs import define
+from attrs import define, evolve
 
 from sagellm.control_plane.routing.ask import Ask
 from sagellm.control_plane.routing.fleet import (
@@ -32,6 +32,8 @@ PREFERRED = "preferred"
 STATUS = {"unknown_model": 404, "unable": 400, "not_accepting": 503, "full": 429}
 
 
+KEPT_CHUNKS = 64
+"""Longer prompts would fill the memory with decisions."""
 NOTHING = Score((), NO_PARTS)
 
 
@@ -210,6 +212,8 @@ class Router:
         refusals: Refusals,
         error: str = "",
     ) -> Decision:
+        if len(request.chunks) > KEPT_CHUNKS:
+            request = evolve(request, chunks=())
         engines = self.fleet.engines[:]
         chosen = None if row is None else engines[row]
         decision = Decision(
@@ -232,9 +236,7 @@ class Router:
         now = could & ~reasons[ACCEPTING] & ~reasons[TRIED]
         models = self.fleet.models
         if now.any():
-            return NoEngine(
-                "full", f"all {now.sum()} engines that could serve it have as many requests as they take"
-            )
+            return NoEngine("full", "every engine that could serve it has as many requests as it takes")
         if not models:
             error = NoEngine("not_accepting", "there is no engine; accepted: requests once one is registered")
         elif request.model is not None and request.model not in models:
@@ -242,9 +244,7 @@ class Router:
         elif request.model is None and len(models) > 1:
             error = NoEngine("unable", f"the request names no model; accepted: {', '.join(sorted(models))}")
         elif could.any():
-            error = NoEngine(
-                "not_accepting", f"none of the {could.sum()} engines that could serve it takes requests now"
-            )
+            error = NoEngine("not_accepting", "no engine that could serve it takes requests now")
         else:
             error = None
         decision = self._note(request, self.strategy.name, None, NO_PARTS, refusals, str(error or ""))

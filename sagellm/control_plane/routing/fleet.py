@@ -25,6 +25,7 @@ NOBODY = 1 << MOST_FEATURES
 """The bit of features that no engine of the fleet ever had."""
 DOMESTIC = frozenset({"ascend", "npu", "mlu", "cambricon", "dcu", "hygon", "xpu", "kunlun"})
 NO_ACCELERATOR = frozenset({"cpu", "null"})
+NOT_KNOWN = frozenset({"", "auto", "unknown"})
 HARDWARE = ("sageLLM on a domestic accelerator", "an accelerator", "a device that is not known", "a CPU")
 DEFAULT_OUTPUT = 256
 """Tokens that an answer is taken to have before one was seen."""
@@ -35,7 +36,7 @@ def hardware_class(kind: str, device: str | None) -> int:
     name = re.split(r"[:+]", device or "", maxsplit=1)[0].lower()
     if name in DOMESTIC and kind == "sagellm":
         return 0
-    if not name or name == "auto":
+    if name in NOT_KNOWN:
         return 2
     return 3 if name in NO_ACCELERATOR else 1
 

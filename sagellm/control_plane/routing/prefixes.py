@@ -6,6 +6,7 @@ Python's own, so they mean something in this process alone.
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -19,6 +20,10 @@ BYTES = 4
 """Of UTF-8 that make a token, about: English text and code have 3 to 5, Chinese 4 to 5."""
 MOST_BYTES = 8
 """A prompt is hardly ever longer than this many bytes a token."""
+ID_BYTES = 8
+"""Of a token id."""
+MOST_CHUNKS = 4096
+"""What is behind them, beyond 256 k tokens, is not looked at."""
 DEFAULT_CHUNKS = 16384
 """Remembered of an engine that does not tell how much its cache holds."""
 
@@ -42,30 +47,31 @@ def chunks_of(path: str, body: Mapping[str, Any]) -> tuple[int, ...]:
 
 def read_prompt(path: str, body: Mapping[str, Any]) -> Prompt:
     """Tokens are of all prompts of the request together; of texts to embed, of the longest, as each is a sequence of
-    its own."""
+    its own. Whatever clients send instead of a prompt is taken as text: engines refuse it better."""
     if path == "/v1/embeddings":
-        sizes = [_size(_data(each)) for each in _each(body.get("input"))]
-        tokens, least = max(sizes, default=(1, 1))
+        data = [_data(each) for each in _each(body.get("input"))]
+        tokens, least = max(map(_size, data), default=(1, 1))
         return Prompt((), max(1, tokens), max(1, least))
     if path == "/v1/chat/completions":
-        tools = body.get("tools")
-        pieces = [_text_of(message) for message in body.get("messages") or ()]
-        prompts = [_data("".join([str(tools), *pieces] if tools else pieces))]
+        tools, messages = body.get("tools"), body.get("messages") or ()
+        texts = [_text_of(message) for message in (messages if isinstance(messages, list) else ())]
+        data = [_data("".join([str(tools), *texts] if tools else texts))]
     else:
-        prompts = [_data(each) for each in _each(body.get("prompt"))]
-    sizes = [_size(data) for data in prompts]
-    root = hash((path, body.get("model"), body.get("cache_salt")))
+        data = [_data(each) for each in _each(body.get("prompt"))]
+    sizes = [_size(each) for each in data]
+    root = hash((path, str(body.get("model")), str(body.get("cache_salt"))))
     return Prompt(
-        _chain(root, prompts[0]) if prompts else (),
-        max(1, sum(tokens for tokens, _ in sizes)),
-        max(1, sum(least for _, least in sizes)),
+        _chain(root, *data[0]) if data else (),
+        max(1, sum([tokens for tokens, _ in sizes])),
+        max(1, sum([least for _, least in sizes])),
     )
 
 
-def _text_of(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
+def _text_of(message: Any) -> str:
+    if not isinstance(message, dict):
+        return f"{message}\0"
     rest = message.get("tool_calls") or message.get("tool_call_id") or ""
-    return f"{message.get('role')}\0{content}\0{rest}\0"
+    return f"{message.get('role')}\0{message.get('content')}\0{rest}\0"
 
 
 def _each(given: Any) -> Sequence[Any]:
@@ -75,21 +81,26 @@ def _each(given: Any) -> Sequence[Any]:
     return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
 
 
-def _data(prompt: str | Sequence[int]) -> bytes | Sequence[int]:
-    return prompt.encode(errors="surrogatepass") if isinstance(prompt, str) else prompt
+def _data(prompt: Any) -> tuple[bytes, int]:
+    """As bytes, and how many of them make a token."""
+    if isinstance(prompt, list):
+        try:
+            return array("q", prompt).tobytes(), ID_BYTES
+        except (TypeError, OverflowError):
+            pass
+    return str(prompt).encode(errors="surrogatepass"), BYTES
 
 
-def _size(data: bytes | Sequence[int]) -> tuple[int, int]:
-    count = len(data)
-    return (-(-count // BYTES), count // MOST_BYTES) if isinstance(data, bytes) else (count, count)
+def _size(of: tuple[bytes, int]) -> tuple[int, int]:
+    data, width = of
+    tokens = -(-len(data) // width)
+    return tokens, tokens if width == ID_BYTES else len(data) // MOST_BYTES
 
 
-def _chain(root: int, data: bytes | Sequence[int]) -> tuple[int, ...]:
-    width = CHUNK * BYTES if isinstance(data, bytes) else CHUNK
-    chunks = []
-    for at in range(0, len(data) - width + 1, width):
-        piece = data[at : at + width]
-        root = hash((root, piece if isinstance(piece, bytes) else tuple(piece)))
+def _chain(root: int, data: bytes, width: int) -> tuple[int, ...]:
+    chunks, width = [], CHUNK * width
+    for at in range(0, min(len(data), MOST_CHUNKS * width) - width + 1, width):
+        root = hash((root, data[at : at + width]))
         chunks.append(root)
     return tuple(chunks)
 

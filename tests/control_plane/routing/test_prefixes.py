@@ -73,6 +73,23 @@ def test_what_clients_send_besides_plain_text_does_no_harm():
     assert read_prompt(EMBED, {"input": ["x" * 400, "y" * 800]}) == ((), 200, 100)
 
 
+json = st.recursive(
+    st.sampled_from([None, True, 7, -(2**70), 0.5, "", "x" * 600, "\ud800"]),
+    lambda inner: st.lists(inner, max_size=2) | st.fixed_dictionaries({"content": inner}),
+    max_leaves=4,
+)
+fields = st.sampled_from(["model", "messages", "prompt", "input", "tools", "cache_salt", "logprobs"])
+
+
+@examples(40)
+@given(st.sampled_from([CHAT, TEXT, EMBED]), st.dictionaries(fields, json, max_size=3))
+def test_no_body_is_too_strange_to_be_read(path, body):
+    """It is the engine that refuses it, in words of its own."""
+    prompt = ask_of(path, body, RequestMetadata())
+    assert prompt.prompt_tokens >= prompt.least_tokens >= 1
+    assert ask_of(path, body, RequestMetadata()).chunks == prompt.chunks
+
+
 def test_an_ask_is_read_from_body_and_metadata():
     meta = RequestMetadata(
         request_id="r",

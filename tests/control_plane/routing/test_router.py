@@ -364,6 +364,7 @@ def test_hardware_first_prefers_sagellm_on_domestic_accelerators():
         ("sagellm", "cuda", 1),
         ("vllm", None, 2),
         ("sagellm", "auto", 2),
+        ("llm", "unknown", 2),
         ("sagellm", "cpu", 3),
     ],
 )
