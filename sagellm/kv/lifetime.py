@@ -76,8 +76,8 @@ class Lifetime(Policy):
         """and before each spell."""
         self.used_by, self.foretold_of = np.zeros((2, CELLS, SPELLS))
         """Uses that were seen, and that were to be expected, as in WHOSE;"""
-        self.factor = np.ones((CELLS, SPELLS))
-        """and what this makes of a worth."""
+        self.factor: np.ndarray | None = None
+        """and what this makes of a worth, where there are several."""
         self._next = 0
 
     def before_use(self, blocks: np.ndarray, waited: np.ndarray) -> None:
@@ -110,8 +110,10 @@ class Lifetime(Policy):
             self._next = clock + min(ESTIMATE_EVERY, max(256, clock // 4))
         age = ages(clock - self.blocks["last_use"][blocks])
         mark = self.blocks["mark"][blocks]
-        factor = self.factor[_cells(self.blocks["whose"][blocks], mark), age // SPELL]
-        return self.table[self.curve[mark], age] * factor
+        worth = self.table[self.curve[mark], age]
+        if self.factor is None:
+            return worth
+        return worth * self.factor[_cells(self.blocks["whose"][blocks], mark), age // SPELL]
 
     def _estimate(self) -> None:
         records = np.concatenate([r[r["uses"] > 0] for r in (self.blocks.records, self.blocks.gone)])
@@ -122,14 +124,17 @@ class Lifetime(Policy):
         self.table, self.half = density(hazard), hazard / 2
         self.risk = hazard.cumsum(1) - self.half
         self.before = np.pad(hazard.cumsum(1)[:, SPELL - 1 :: SPELL], ((0, 0), (1, 0)))
-        cell, spells = (
-            _cells(records["whose"], mark),
-            self._foretold(mark, self.risk[self.curve[mark], age], part),
-        )
-        foretold = self.foretold_of + np.stack([np.bincount(cell, spell, CELLS) for spell in spells.T], 1)
-        self.factor = factors(self.used_by.reshape(WHOSE), foretold.reshape(WHOSE)).reshape(CELLS, SPELLS)
+        self.factor = None
+        if np.count_nonzero(records["whose"] != records["whose"][:1]):
+            self.factor = self._factor(records, self._foretold(mark, self.risk[self.curve[mark], age], part))
         for counts in (self.used, self.censored, self.used_by, self.foretold_of):
             counts *= KEEP
+
+    def _factor(self, records: np.ndarray, waiting: np.ndarray) -> np.ndarray:
+        """float [CELLS, SPELLS], with what is expected of blocks that wait, [records, SPELLS]."""
+        cell = _cells(records["whose"], records["mark"])
+        foretold = self.foretold_of + np.stack([np.bincount(cell, spell, CELLS) for spell in waiting.T], 1)
+        return factors(self.used_by.reshape(WHOSE), foretold.reshape(WHOSE)).reshape(CELLS, SPELLS)
 
     def _foretold(self, mark: np.ndarray, risk: np.ndarray, part: np.ndarray) -> np.ndarray:
         """float [blocks, SPELLS]: uses to be expected in each spell of blocks that waited through this much risk."""
