@@ -81,7 +81,7 @@ class Lifetime(Policy):
         self._next = 0
 
     def before_use(self, blocks: np.ndarray, waited: np.ndarray) -> None:
-        records = self.blocks.records[blocks]
+        records = self.blocks.records.take(blocks)
         mark, age, part = records["mark"], ages(waited), 1 / records["span"]
         np.add.at(self.used, (mark, age), part)
         cell, curve = _cells(records["whose"], mark), self.curve[mark]
@@ -90,7 +90,7 @@ class Lifetime(Policy):
         np.add.at(self.foretold_of, cell, self._foretold(mark, risk, part))
 
     def after_use(self, blocks: np.ndarray) -> None:
-        records = self.blocks.records[blocks]
+        records = self.blocks.records.take(blocks)
         self.blocks["mark"][blocks] = classes(records)
 
     def lost(self, records: np.ndarray) -> None:
@@ -116,7 +116,10 @@ class Lifetime(Policy):
         return worth * self.factor[_cells(self.blocks["whose"][blocks], mark), age // SPELL]
 
     def _estimate(self) -> None:
-        records = np.concatenate([r[r["uses"] > 0] for r in (self.blocks.records, self.blocks.gone)])
+        every = self.blocks.records, self.blocks.gone
+        records = np.concatenate(
+            [some.take(np.flatnonzero(some["uses"])) for some in every]
+        )  # a mask takes longer
         mark, age, part = self._waits(records)
         still = self.censored + np.bincount(mark * BINS + age, part, CLASSES * BINS).reshape(CLASSES, BINS)
         exposed = (self.used + still)[:, ::-1].cumsum(1)[:, ::-1] - still / 2
