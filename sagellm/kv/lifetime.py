@@ -76,12 +76,12 @@ class Lifetime(Policy):
         """and before each spell."""
         self.used_by, self.foretold_of = np.zeros((2, CELLS, SPELLS))
         """Uses that were seen, and that were to be expected, as in WHOSE;"""
-        self.factor = np.ones((CELLS, SPELLS))
-        """and what this makes of a worth."""
+        self.factor: np.ndarray | None = None
+        """and what this makes of a worth, where there are several."""
         self._next = 0
 
     def before_use(self, blocks: np.ndarray, waited: np.ndarray) -> None:
-        records = self.blocks.records[blocks]
+        records = self.blocks.records.take(blocks)
         mark, age, part = records["mark"], ages(waited), 1 / records["span"]
         np.add.at(self.used, (mark, age), part)
         cell, curve = _cells(records["whose"], mark), self.curve[mark]
@@ -90,7 +90,7 @@ class Lifetime(Policy):
         np.add.at(self.foretold_of, cell, self._foretold(mark, risk, part))
 
     def after_use(self, blocks: np.ndarray) -> None:
-        records = self.blocks.records[blocks]
+        records = self.blocks.records.take(blocks)
         self.blocks["mark"][blocks] = classes(records)
 
     def lost(self, records: np.ndarray) -> None:
@@ -110,11 +110,16 @@ class Lifetime(Policy):
             self._next = clock + min(ESTIMATE_EVERY, max(256, clock // 4))
         age = ages(clock - self.blocks["last_use"][blocks])
         mark = self.blocks["mark"][blocks]
-        factor = self.factor[_cells(self.blocks["whose"][blocks], mark), age // SPELL]
-        return self.table[self.curve[mark], age] * factor
+        worth = self.table[self.curve[mark], age]
+        if self.factor is None:
+            return worth
+        return worth * self.factor[_cells(self.blocks["whose"][blocks], mark), age // SPELL]
 
     def _estimate(self) -> None:
-        records = np.concatenate([r[r["uses"] > 0] for r in (self.blocks.records, self.blocks.gone)])
+        every = self.blocks.records, self.blocks.gone
+        records = np.concatenate(
+            [some.take(np.flatnonzero(some["uses"])) for some in every]
+        )  # a mask takes longer
         mark, age, part = self._waits(records)
         still = self.censored + np.bincount(mark * BINS + age, part, CLASSES * BINS).reshape(CLASSES, BINS)
         exposed = (self.used + still)[:, ::-1].cumsum(1)[:, ::-1] - still / 2
@@ -122,14 +127,17 @@ class Lifetime(Policy):
         self.table, self.half = density(hazard), hazard / 2
         self.risk = hazard.cumsum(1) - self.half
         self.before = np.pad(hazard.cumsum(1)[:, SPELL - 1 :: SPELL], ((0, 0), (1, 0)))
-        cell, spells = (
-            _cells(records["whose"], mark),
-            self._foretold(mark, self.risk[self.curve[mark], age], part),
-        )
-        foretold = self.foretold_of + np.stack([np.bincount(cell, spell, CELLS) for spell in spells.T], 1)
-        self.factor = factors(self.used_by.reshape(WHOSE), foretold.reshape(WHOSE)).reshape(CELLS, SPELLS)
+        self.factor = None
+        if np.count_nonzero(records["whose"] != records["whose"][:1]):
+            self.factor = self._factor(records, self._foretold(mark, self.risk[self.curve[mark], age], part))
         for counts in (self.used, self.censored, self.used_by, self.foretold_of):
             counts *= KEEP
+
+    def _factor(self, records: np.ndarray, waiting: np.ndarray) -> np.ndarray:
+        """float [CELLS, SPELLS], with what is expected of blocks that wait, [records, SPELLS]."""
+        cell = _cells(records["whose"], records["mark"])
+        foretold = self.foretold_of + np.stack([np.bincount(cell, spell, CELLS) for spell in waiting.T], 1)
+        return factors(self.used_by.reshape(WHOSE), foretold.reshape(WHOSE)).reshape(CELLS, SPELLS)
 
     def _foretold(self, mark: np.ndarray, risk: np.ndarray, part: np.ndarray) -> np.ndarray:
         """float [blocks, SPELLS]: uses to be expected in each spell of blocks that waited through this much risk."""

@@ -206,7 +206,7 @@ def test_tenants_and_kinds_of_requests_are_told_apart():
     assert got[new] == pytest.approx(1.0, abs=0.01) == got[formed], "as usual"
     used[once, 0] = 200.0
     got = lifetime.factors(used.reshape(lifetime.WHOSE), foretold.reshape(lifetime.WHOSE))
-    assert got == pytest.approx(1.0, abs=0.01), "where all are alike nothing changes"
+    assert got == pytest.approx(1.0, abs=1e-9), "where all are alike nothing changes"
 
 
 @pytest.mark.parametrize("name", POLICIES)
