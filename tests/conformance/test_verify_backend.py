@@ -65,7 +65,9 @@ from sagellm.conformance import verify
 from sagellm.backends.ascend import codegen
 from sagellm.backends.aten import codegen as aten
 
-codegen.KERNELS["nn.silu_mul"] = aten.template("torch.ops.npu.npu_swiglu({0}.t(), dim=7)")
+short = aten.template("torch.ops.npu.npu_add_rms_norm({0}, {1}, {w}[:3], epsilon=1e-5)[::2]")
+for table in (value for name, value in vars(codegen).items() if name.startswith("KERNELS")):
+    table["nn.add_rms_norm"] = short
 raise SystemExit(verify.main("stand_in", "ascend", FOLDER))
 """
 
@@ -78,4 +80,4 @@ def test_a_broken_rule_is_the_first_line(tmp_path):
     )
     assert done.returncode == 1, done.stderr
     first = done.stdout.splitlines()[0]
-    assert first.startswith("FAIL constraints") and "npu_swiglu" in first, done.stdout
+    assert first.startswith("FAIL constraints") and "npu_add_rms_norm" in first, done.stdout
