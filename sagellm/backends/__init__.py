@@ -19,6 +19,7 @@ BACKENDS = {
     "ascend": "sagellm.backends.ascend:AscendBackend",
     "cambricon": "sagellm.backends.cambricon:CambriconBackend",
     "cpu": "sagellm.backends.cpu:CpuBackend",
+    "cuda": "sagellm.backends.cuda:CudaBackend",
     "hygon": "sagellm.backends.hygon:HygonBackend",
     "kunlun": "sagellm.backends.kunlun:KunlunBackend",
     "null": "sagellm.backends.null:NullBackend",

@@ -23,8 +23,25 @@ from sagellm.target import CapabilityDescriptor, CostModel
 from sagellm.topology import TOPOLOGIES, Topology
 
 
+class Beside(Protocol):
+    """Copies of KV blocks that a device makes while it computes."""
+
+    def begin_step(self) -> None:
+        """What is asked of the device from now on comes after the last step's copies, and this step's copies come
+        after what was asked before."""
+
+    def copy(self, blocks: np.ndarray, room: Tensor, slots: np.ndarray) -> None:
+        """Begin to copy these blocks, each as `KVCache.read` gives it, to these slots of pinned host memory."""
+
+    def wait(self) -> None:
+        """Until the copies are made, and their memory on the host may be touched."""
+
+
 class KVCache(Protocol):
     """What the emitted code and the executor ask of a cache."""
+
+    beside: Beside | None
+    """None: it makes no copies beside what is computed."""
 
     def __getitem__(self, layers): ...
 
@@ -51,11 +68,19 @@ class Backend(ABC):
     name: str
     chip: str | None = None
     """The chip, or family of chips, that programs are for; None: it does not matter."""
+    vendor_kernels = False
+    """Whether the vendor's kernels were chosen where they are not the default."""
 
     @property
     def vendor(self) -> Vendor | None:
         """Whose devices it is for, and how they are found; None: it needs none of its own."""
         return chips.vendor(self.name) if self.name in chips.NAMES else None
+
+    @property
+    def target(self) -> str:
+        """The name by which it is loaded again."""
+        chip = "" if self.chip is None else f":{self.chip}"
+        return f"{self.name}{chip}{'+kernels' if self.vendor_kernels else ''}"
 
     @property
     def available(self) -> bool:

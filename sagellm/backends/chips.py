@@ -247,7 +247,8 @@ class Vendor:
         for chip in sorted(self.chips, key=lambda chip: chip.name.lower() != name.lower()):
             if name.lower() in (chip.name.lower(), chip.family.lower()):
                 return chip
-        raise unknown(f"{self.name} chip", name, [chip.name for chip in self.chips])
+        accepted = dict.fromkeys(known for chip in self.chips for known in (chip.kind, chip.name))
+        raise unknown(f"{self.title} chip", name, accepted)
 
     def recognise(self, ids: Iterable[str]) -> Chip | None:
         """The chip that calls itself so. What comes first in `ids` decides, as an architecture may be of several."""

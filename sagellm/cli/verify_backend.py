@@ -19,7 +19,8 @@ from sagellm.models.hub import resolve
     type=click.IntRange(1, 100_000),
     help="Instead, put so many random errors into emitted programs and count those that are caught.",
 )
-def verify_backend(target: str, model: str | None, mutations: int | None) -> None:
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the random errors.", show_default=True)
+def verify_backend(target: str, model: str | None, mutations: int | None, seed: int) -> None:
     """Check a vendor's backend, such as ascend, ascend:310P or dcu+kernels, without its chip.
 
     Every call that the engine makes is bound to the vendor's schema, checked by the rules of its hardware, and
@@ -35,6 +36,6 @@ def verify_backend(target: str, model: str | None, mutations: int | None) -> Non
     failed = 0
     for layers, argument in runs:
         code = "import sys; from sagellm.conformance.verify import main; sys.exit(main(*sys.argv[1:]))"
-        command = [sys.executable, "-W", "ignore", "-c", code, layers, target, argument]
+        command = [sys.executable, "-W", "ignore", "-c", code, layers, target, argument, str(seed)]
         failed |= subprocess.run(command, check=False).returncode
     raise SystemExit(failed)

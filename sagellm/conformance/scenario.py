@@ -1,8 +1,8 @@
 """What the engine is made to do over a vendor's calls, with the logits of every token as the result.
 
 Prompts in chunks, several in a batch, beginnings shared inside a batch and found in the cache, steps of decodes and
-mixed ones, decodes that read a beginning together, trees of guesses, and sequences that are put back as the cache is
-too small for all.
+mixed ones, decodes that read a beginning together, trees of guesses, sequences that are put back as the cache is
+too small for all, and blocks that go to host memory and come back.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from sagellm.batch import Request, SamplingParams
+from sagellm.batch import Batch, Request, SamplingParams
 from sagellm.config import EngineConfig
 from sagellm.engine.core import EngineCore
+from sagellm.engine.events import Failed
+from sagellm.runtime.executor import StepOutcome
+from sagellm.runtime.swap import SwapOrRecompute
 from sagellm.target import CostModel, StepCost
 
 FREE_CALLS = CostModel(call=0, source="so that passes act on small batches")
@@ -34,11 +37,14 @@ BLOCKS = {16: 43, 64: 10, 128: 9}
 
 
 class SmallCore(EngineCore):
-    """A core with few KV blocks."""
+    """A core with few KV blocks, in which an exception is a finding and not a request that fails."""
 
     def _block_count(self) -> int:
         size = self.kv_schema.block_size
         return BLOCKS.get(size, max(BLOCKS[128], BLOCKS[16] * 16 // size)) + 1
+
+    def _run(self, batch: Batch) -> tuple[list[tuple[Batch, StepOutcome]], list[Failed]]:
+        return [(batch, self.execute(batch))], []
 
 
 @define
@@ -65,12 +71,15 @@ def run(target: str, folder: Path, dtype: str, *, watch: Watch | None = None, **
         max_sequences=8,
         max_batched_tokens=256,
         max_length=448,
+        host_kv_gib=0.02,
         **settings,
     )
     core, told = SmallCore(config), Transcript()
     step = StepCost.of(FREE_CALLS, core.parameters, core.model.num_layers, core.dtype)
     core.view = evolve(core.view, costs=FREE_CALLS, step=step)
     core.pipeline.prepare(core.view)
+    core.swap = SwapOrRecompute(copy=0.0, compute=1e9)  # so that blocks go to host memory
+    core.kv.keep_on_host = core.swap.swap
     vocabulary = core.model.vocab_size
     random = np.random.default_rng(0)
     text = random.integers(0, vocabulary, 400).tolist()
@@ -94,7 +103,7 @@ def run(target: str, folder: Path, dtype: str, *, watch: Watch | None = None, **
         c = core.columns
         for row, position, logits in zip(outcome.rows, outcome.positions, outcome.logits):
             key = int(c.number[row]), int(c.sample[row]), int(position)
-            told.logits.setdefault(key, logits.float().cpu())
+            told.logits.setdefault(key, logits.float().cpu().clone())
         return outcome
 
     core.execute = noting

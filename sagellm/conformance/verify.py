@@ -120,8 +120,8 @@ def _numbers(target: str, name: str, folder: Path, record: stand_in.Record) -> I
         vendor.widened = widened
         try:
             told[where, dtype] = scenario.run(where, folder, own if widened else dtype, block_size=size)
-        except stand_in.ContractBroken as error:
-            yield Finding(error.layer, name, False, str(error))
+        except Exception as error:  # whatever the emitted text does wrong
+            yield _failure(name, error)
             return
     exact = told["cpu", "float32"]
     ours = told[target, "float32"]
@@ -154,8 +154,8 @@ def _operations(target: str) -> Iterator[Finding]:
         vendor.widened = widened
         try:
             ours = operations.compute(target, own)
-        except stand_in.ContractBroken as error:
-            yield Finding(error.layer, "operations", False, str(error))
+        except Exception as error:  # as above
+            yield _failure("operations", error)
             return
         finally:
             vendor.widened = False
@@ -207,10 +207,16 @@ def verify_host_code(target: str, folder: Path | None = None) -> Iterator[Findin
                 "captured graphs"
             )
             yield Finding("trace", "all", not wrong, "; ".join(wrong) or kernels)
+            order = seen.order
+            said = (
+                f"{order.accesses} accesses of {order.streams} streams and the host are ordered where they meet; "
+                f"{order.across} pairs met across streams"
+            )
+            yield Finding("order", "all", not order.wrong, "; ".join(order.wrong) or said)
     except Unavailable as error:
         yield Finding("trace", "all", True, f"NOT CHECKED: {error}")
-    except stand_in.ContractBroken as error:
-        yield Finding(error.layer, "all", False, str(error))
+    except Exception as error:  # as above
+        yield _failure("all", error)
 
 
 def _operations_alone(target: str, dtype: str) -> tuple[float, int]:
@@ -229,7 +235,15 @@ def _operations_alone(target: str, dtype: str) -> tuple[float, int]:
     )
 
 
-def mutate(target: str, count: int) -> Iterator[Finding]:
+def _failure(model: str, error: Exception) -> Finding:
+    """Of a scenario that did not come to its end: the first line says which rule is broken, or what was raised."""
+    if isinstance(error, stand_in.ContractBroken):
+        return Finding(error.layer, model, False, str(error))
+    first = (str(error).splitlines() or [""])[0]
+    return Finding("error", model, False, f"{type(error).__name__}: {first}")
+
+
+def mutate(target: str, count: int, seed: int = 0) -> Iterator[Finding]:
     """How many of so many random errors in emitted programs are caught, and which are not."""
     contract = contract_of(target)
     stand_in.install(contract)
@@ -238,7 +252,7 @@ def mutate(target: str, count: int) -> Iterator[Finding]:
     by: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder = models.write_model(Path(scratch) / "qwen3", "qwen3", rms_norm_eps=1e-2)  # so that it counts
-        for mutant, layer in mutations.judge(target, folder, count):
+        for mutant, layer in mutations.judge(target, folder, count, seed):
             by[layer or "none"] += 1
             if layer is None:
                 yield Finding("mutation", "+".join(mutant.kinds), True, f"not caught: {mutant.what}")
@@ -247,11 +261,11 @@ def mutate(target: str, count: int) -> Iterator[Finding]:
     yield Finding("mutation", "all", passed, f"{count - by['none']} of {count} errors caught ({found})")
 
 
-def main(layers: str, target: str, argument: str) -> int:
+def main(layers: str, target: str, argument: str, seed: str = "0") -> int:
     """Print the findings of `stand_in` or `host_code` over a folder, or of so many `mutations`; 1 if one is bad."""
     torch.set_num_threads(1)
     if layers == "mutations":
-        findings = mutate(target, int(argument))
+        findings = mutate(target, int(argument), int(seed))
     else:
         check = {"stand_in": verify, "host_code": verify_host_code}[layers]
         findings = check(target, Path(argument) if argument else None)

@@ -129,6 +129,9 @@ class ShardedCache:
     Emitted code gets rank 0's layers.
     """
 
+    beside = None
+    """What goes to host memory comes from all ranks, through their sockets."""
+
     def __init__(self, local: KVCache, ranks: Ranks, kv_heads: int):
         self._local, self._ranks, self._heads = local, ranks, kv_heads
 

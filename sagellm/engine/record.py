@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sagellm import backends
-from sagellm.backends.base import require_device
+from sagellm.backends.base import KVCache, require_device
 from sagellm.backends.plan import Program
 from sagellm.backends.step import emit_step
 from sagellm.batch import MOST_DRAFTS, Batch, Columns
@@ -62,14 +62,14 @@ class Replay:
             return None
         if self.recorded_logits.shape != self.outcome.logits.shape:
             return float("inf")
-        return float((self.recorded_logits - self.outcome.logits).abs().max())
+        return float((self.recorded_logits - self.outcome.logits.cpu()).abs().max())
 
 
 def inputs_path(text: Path) -> Path:
     return text.with_suffix(".safetensors")
 
 
-def save_inputs(path: Path, planner: Planner, batch: Batch, cache: list | None = None) -> dict:
+def save_inputs(path: Path, planner: Planner, batch: Batch, cache: KVCache | None = None) -> dict:
     """Write a batch's inputs; give what was written, for `save_outcome`."""
     c = planner.columns
     rows = np.concatenate([batch.decode, batch.prefill])
@@ -88,15 +88,16 @@ def save_inputs(path: Path, planner: Planner, batch: Batch, cache: list | None =
         "held": torch.tensor(len(held)),
     }
     if cache is not None and len(held):
-        for layer, (keys, values) in enumerate(cache):
-            tensors[f"kv.{layer}.k"] = keys[held].clone()
-            tensors[f"kv.{layer}.v"] = values[held].clone()
+        tensors["kv"] = cache.read(held)
     save_file(tensors, path, metadata=_metadata(planner))
     return tensors
 
 
 def save_outcome(path: Path, planner: Planner, inputs: dict, outcome: StepOutcome) -> None:
-    outputs = {"out.logits": outcome.logits.clone(), "out.tokens": torch.from_numpy(outcome.tokens.copy())}
+    outputs = {
+        "out.logits": outcome.logits.cpu().clone(),
+        "out.tokens": torch.from_numpy(outcome.tokens.copy()),
+    }
     save_file(inputs | outputs, path, metadata=_metadata(planner))
 
 
@@ -118,7 +119,7 @@ def _metadata(planner: Planner) -> dict[str, str]:
     return {
         "model": str(planner.folder.resolve()) if Path(known).is_dir() else known,
         "dtype": planner.dtype,
-        "target": planner.backend.name,
+        "target": planner.backend.target,
         "block_size": str(planner.kv_schema.block_size),
     }
 
@@ -158,9 +159,8 @@ def replay(path: Path, target: str | None = None, model: str | None = None) -> R
     kv = KVManager(columns, held + columns.capacity * columns.max_blocks + 1)
     blocks = kv.pool.take(held)
     cache = backend.make_cache(schema, len(kv.pool.references))
-    for layer, (keys, values) in enumerate(cache):
-        if f"kv.{layer}.k" in tensors:
-            keys[blocks], values[blocks] = tensors[f"kv.{layer}.k"], tensors[f"kv.{layer}.v"]
+    if "kv" in tensors:
+        cache.write(blocks, tensors["kv"])
     if held:
         entries = tensors["blocks"].shape[1]
         columns.blocks[:, :entries] = blocks[tensors["blocks"].numpy()]

@@ -90,7 +90,6 @@ class Executor:
     copies: tuple[int, float] = (0, 0.0)
     """Blocks that were copied from or to host memory, and the seconds it took; likewise."""
     _host: torch.Tensor | None = None
-    """Blocks in host memory, [slots, ...] as the cache gives them."""
     _batch: Batch | None = None
     _rows: Rows = field(init=False)
     """Of this step."""
@@ -101,6 +100,7 @@ class Executor:
     def run(self, plan: ExecutionPlan, batch: Batch) -> StepOutcome:
         """One step. On an exception the sequences are as before; blocks they got stay theirs."""
         self._batch = batch
+        self._begin_step()
         slots: list[Any] = [None] * plan.slots
         with torch.inference_mode():
             for function, inputs, output, static in self._bind(plan):
@@ -111,8 +111,13 @@ class Executor:
         assert outcome is not None
         return outcome
 
+    def _begin_step(self) -> None:
+        if self.cache.beside is not None:
+            self.cache.beside.begin_step()
+
     def move(self) -> None:
         """Carry out what moves between blocks ahead of the step, whose plan then has no such operation."""
+        self._begin_step()
         for name in ("evict", "offload", "fetch", "copy"):
             if getattr(self.kv.moves, name):
                 HOST[f"kv.{name}"](self)
@@ -160,17 +165,30 @@ class Executor:
     def offload(self, when: str = "") -> None:
         began = time.perf_counter()
         blocks, slots = _taken(self.kv.moves.ahead if when == AHEAD else self.kv.moves.offload)
+        if when == AHEAD and self.cache.beside is not None:
+            # how long it takes cannot be seen here: the others tell
+            self.cache.beside.copy(blocks, self._room(), slots)
+            return
         values = self.cache.read(blocks)
-        if self._host is None:
-            self._host = values.new_empty((self.kv.host.slots, *values.shape[1:]))
-        self._host[torch.from_numpy(slots)] = values
+        self._room(touched=True)[torch.from_numpy(slots)] = values
         self._copied(len(blocks), began)
 
     def fetch(self, when: str = "") -> None:
         began = time.perf_counter()
         slots, blocks = _taken(self.kv.moves.fetch_ahead if when == AHEAD else self.kv.moves.fetch)
-        self.cache.write(blocks, self._host[torch.from_numpy(slots)])
+        self.cache.write(blocks, self._room(touched=True)[torch.from_numpy(slots)])
         self._copied(len(blocks), began)
+
+    def _room(self, touched: bool = False) -> torch.Tensor:
+        """Blocks in host memory, [slots, ...] as the cache gives them; `touched` by this process, not by the device."""
+        beside = self.cache.beside
+        if self._host is None:
+            like = self.cache.read(np.zeros(1, np.int64))[0]
+            shape = self.kv.host.slots, *like.shape
+            self._host = torch.empty(shape, dtype=like.dtype, pin_memory=beside is not None)
+        if touched and beside is not None:
+            beside.wait()
+        return self._host
 
     def _copied(self, blocks: int, began: float) -> None:
         before, seconds = self.copies

@@ -25,9 +25,9 @@ def test_a_vendors_kernels_are_a_choice(target):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("mlu:290", "unknown Cambricon chip '290'; accepted: MLU370, MLU590"),
-        ("dcu:BW1+kernels", "unknown Hygon chip 'BW1'; accepted: K100_AI, BW1000, BW1100"),
-        ("xpu:R200", "unknown Kunlun chip 'R200'; accepted: P800"),
+        ("mlu:290", "unknown Cambricon MLU chip 'MLU290'; accepted: MLU370, MLU370-X8, MLU590"),
+        ("dcu:BW1+kernels", "unknown Hygon DCU chip 'BW1'; accepted: K100_AI, BW1000, BW1100"),
+        ("xpu:R200", "unknown Kunlun XPU chip 'R200'; accepted: P800"),
         ("dcu+fast", "unknown choice in target 'dcu+fast' 'fast'; accepted: kernels"),
         ("mlu+kernels", "target 'mlu+kernels': cambricon has no kernels to choose from; accepted: cambricon"),
         ("null:x", "target 'null:x': null has no chips to choose from; accepted: null"),

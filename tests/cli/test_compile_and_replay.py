@@ -9,6 +9,7 @@ import torch
 
 from sagellm.cli import capture
 from sagellm.engine.record import _columns, _read_inputs, inputs_path, replay
+from sagellm.errors import UserError
 from sagellm.ir.graph import IRGraph
 from sagellm.models.checkpoint import Checkpoint
 
@@ -112,6 +113,21 @@ def test_a_recorded_step_gives_the_same_logits_again(recorded):
         again = replay(file)
         assert again.difference == 0.0
         assert again.recorded_tokens.tolist() == again.outcome.tokens.tolist()
+
+
+def test_a_step_for_a_device_that_is_not_here_is_refused_in_one_line_and_runs_on_another(
+    model, requests, tmp_path
+):
+    compile_(model, requests, "--target", "ascend:310P", "--dtype", "float16", "-o", str(tmp_path))
+    final = str(next(tmp_path.glob("*-final.mlir")))
+    with pytest.raises(
+        UserError, match="device 'ascend': package torch_npu is not installed; install"
+    ) as error:
+        replay(Path(final))
+    assert "\n" not in str(error.value)
+    _, meta = _read_inputs(inputs_path(Path(final)))
+    assert meta["target"] == "ascend:310P"
+    assert replay(Path(final), "cpu").outcome.forwarded == UNIQUE_TOKENS
 
 
 @pytest.mark.parametrize(

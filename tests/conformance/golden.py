@@ -13,7 +13,7 @@ from sagellm.engine.planner import Planner
 from sagellm.ir.lower import stage_words
 
 FOLDER = Path(__file__).parent / "golden"
-TARGETS = ["ascend", "ascend:310P", "mlu", "dcu", "dcu+kernels", "xpu", "xpu+kernels"]
+TARGETS = ["ascend", "ascend:310P", "mlu", "dcu", "dcu+kernels", "xpu", "xpu+kernels", "cuda"]
 FILTERS = Stage.DRAW | Stage.TOP_K | Stage.TOP_P
 
 

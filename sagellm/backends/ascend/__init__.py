@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from sagellm.backends import chips
 from sagellm.backends.ascend import codegen, kernels
 from sagellm.backends.ascend.columns import AscendRows
-from sagellm.backends.ascend.graphs import CapturedDecodes
+from sagellm.backends.ascend.graphs import AscendDecodes
 from sagellm.backends.aten import TorchBackend
 from sagellm.backends.aten.cache import NHD, NZ
 from sagellm.backends.contract import Contract
@@ -64,7 +65,13 @@ class AscendBackend(TorchBackend):
     def captured(self, function: Callable, kinds: tuple[str, ...]) -> Callable:
         """Decodes alone; the attention over NZ caches is not one call whose lengths can be given anew."""
         capturable = kinds == ("decode",) and self.device == "npu" and self.layout == NHD
-        return CapturedDecodes(function) if capturable else function
+        if not capturable:
+            return function
+        return AscendDecodes(
+            function,
+            torch.npu,
+            lambda step, like: AscendRows(step, like.block_size, self.device, self.causal_mask),
+        )
 
     def upload(self, rows: Rows, block_size: int) -> AscendRows:
         return AscendRows(rows, block_size, self.device, self.causal_mask)

@@ -6,7 +6,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from attrs import evolve
 from torch import Tensor
 
 from sagellm.backends.aten.columns import AtenRows
@@ -78,23 +77,6 @@ def column(rows: Rows, name: str) -> np.ndarray:
         case "block_table":
             return stacked(rows.decode_blocks, rows.prefill_blocks).astype(np.int32)
     return getattr(rows, name)
-
-
-def padded(rows: Rows, size: int, width: int) -> Rows:
-    """Decodes filled up to `size`, their block tables to `width`, by sequences of one token in block 0, which is
-    nobody's; they write into slots of their own there."""
-    more = size - len(rows.tokens)
-    wider = ((0, more), (0, width - rows.decode_blocks.shape[1]))
-    return evolve(
-        rows,
-        tokens=np.pad(rows.tokens, (0, more)),
-        positions=np.pad(rows.positions, (0, more)),
-        lengths=np.pad(rows.lengths, (0, more), constant_values=1),
-        slots=np.concatenate([rows.slots, np.arange(more)]),
-        outputs=np.arange(size),
-        decode_blocks=np.pad(rows.decode_blocks, wider),
-        decode_lengths=np.pad(rows.decode_lengths, (0, more), constant_values=1),
-    )
 
 
 class Cohorts:

@@ -12,12 +12,12 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
+from sagellm.backends import chips
 from sagellm.backends.aten.cache import NHD, DeviceCache
 from sagellm.backends.aten.paged import PagedRows
 from sagellm.backends.base import Backend
 from sagellm.backends.emit import Line, emit_program
 from sagellm.backends.plan import Program
-from sagellm.errors import unknown
 from sagellm.ir.graph import IRGraph
 from sagellm.rows import Rows
 from sagellm.schemas import KVCacheSchema
@@ -66,8 +66,6 @@ class TorchBackend(Backend):
 class StockOrVendor(TorchBackend):
     """Stock torch by default, the vendor's kernels where they are asked for: of these only call sites are public."""
 
-    chips: tuple[str, ...]
-    """That may be named."""
     default_chip: str
     stock: str
     """A note about the default."""
@@ -78,9 +76,7 @@ class StockOrVendor(TorchBackend):
     """The vendor's codegen: HEADER, VENDOR_IMPORTS, STOCK, KERNELS and LOADS."""
 
     def __init__(self, chip: str | None = None, vendor_kernels: bool = False):
-        if chip is not None and chip not in self.chips:
-            raise unknown(f"{self.name.title()} chip", chip, self.chips)
-        self.chip = chip or self.default_chip
+        self.chip = chips.find(self.name, chip or self.default_chip).kind
         self.vendor_kernels = vendor_kernels
 
     @property

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sagellm.backends.aten.beside import CopiesBeside
 from sagellm.schemas import KVCacheSchema
 
 NHD, HND, NZ = "NHD", "HND", "NZ"
@@ -34,6 +35,7 @@ class DeviceCache(list):
             every = every.permute(0, 1, 2, 4, 3, 5)
         self._all = every
         """[layers, 2, blocks, block size, ...], whatever the layout."""
+        self.beside = None if device == "cpu" else CopiesBeside(device, self._gathered)
 
     def _index(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self._device)
@@ -43,8 +45,12 @@ class DeviceCache(list):
         self._all[:, :, self._index(blocks)] = 0
 
     def read(self, blocks: np.ndarray) -> Tensor:
+        return self._gathered(blocks).cpu()
+
+    def _gathered(self, blocks: np.ndarray) -> Tensor:
+        """As `read` gives them, on the device."""
         values = self._all[:, :, self._index(blocks)].permute(2, 0, 1, 3, 4, 5).contiguous()
-        return values.view(*values.shape[:4], *self._token).cpu()
+        return values.view(*values.shape[:4], *self._token)
 
     def write(self, blocks: np.ndarray, values: Tensor) -> None:
         values = values.to(self._device).permute(1, 2, 0, 3, 4, 5)

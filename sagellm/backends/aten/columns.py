@@ -43,7 +43,7 @@ class AtenRows:
         self.outputs = put(rows.outputs)
         self.decode_count = len(rows.decode_lengths)
         self.decode_blocks = put(np.ascontiguousarray(rows.decode_blocks))
-        self._rows, self._block_size = rows, block_size
+        self.rows, self.block_size = rows, block_size
         self.longest = int(rows.decode_lengths.max()) if self.decode_count else 0
         self._made: dict = {}
         if rows.trees is not None:
@@ -55,11 +55,11 @@ class AtenRows:
     @cached_property
     def prefills(self) -> list[tuple[int, int, int, Tensor, bool]]:
         """(first token, end, cached tokens, blocks, whether none were cached before) of each prompt."""
-        rows, found = self._rows, []
+        rows, found = self.rows, []
         offsets = rows.prefill_offsets.tolist()
         for i, length in enumerate(rows.prefill_lengths.tolist()):
             first, end = offsets[i], offsets[i + 1]
-            blocks = self._put(rows.prefill_blocks[i, : -(-length // self._block_size)])
+            blocks = self._put(rows.prefill_blocks[i, : -(-length // self.block_size)])
             found.append((first, end, length, blocks, end - first == length))
         return found
 
@@ -69,13 +69,18 @@ class AtenRows:
             self._made[key] = make()
         return self._made[key]
 
+    @cached_property
+    def decode_lengths(self) -> Tensor:
+        """[D] cached tokens."""
+        return self._put(self.rows.decode_lengths)
+
     def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[D, 1, 1, width]: 0 where a cached token is visible, -inf where not."""
         return self._once(("mask", window), lambda: self._decode_mask(window, dtype))
 
     def _decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        at = torch.arange(self.decode_blocks.shape[1] * self._block_size, device=self.device)
-        lengths = self._put(self._rows.decode_lengths).view(-1, 1)
+        at = torch.arange(self.decode_blocks.shape[1] * self.block_size, device=self.device)
+        lengths = self.decode_lengths.view(-1, 1)
         hidden = at >= lengths
         if window is not None:
             hidden |= at < lengths - window
@@ -86,9 +91,9 @@ class AtenRows:
         return self._once(("tree", window), lambda: self._tree_mask(window, dtype))
 
     def _tree_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        trees, rows = self._rows.trees, self._rows
+        trees, rows = self.rows.trees, self.rows
         count, widest = trees.nodes.shape
-        width = rows.prefill_blocks.shape[1] * self._block_size
+        width = rows.prefill_blocks.shape[1] * self.block_size
         context = (rows.prefill_lengths - trees.counts)[:, None]
         key_at = np.repeat(np.arange(width + widest)[None], count, 0)
         visible = np.repeat((key_at < context)[:, None], widest, 1)
@@ -106,7 +111,7 @@ class AtenRows:
         return self._once(("parts", window), lambda: self._parts(window))
 
     def _parts(self, window: int | None) -> Parts:
-        count, lengths = self.decode_count, self._rows.decode_lengths
+        count, lengths = self.decode_count, self.rows.decode_lengths
         own = np.arange(count)
         table = _table(own, np.ones(count), own, _starts(lengths, window), lengths)
         return Parts(torch.arange(count), table, self.decode_blocks)
@@ -117,7 +122,7 @@ class AtenRows:
         return self._once(("tree parts", window), lambda: self._tree_parts(window))
 
     def _tree_parts(self, window: int | None) -> Parts:
-        r, trees, alone = self._rows, self._rows.trees, self.decode_count
+        r, trees, alone = self.rows, self.rows.trees, self.decode_count
         lengths = np.concatenate([r.decode_lengths, r.positions[alone:] + 1])
         contexts = r.prefill_lengths - trees.counts
         node, cell = np.nonzero(trees.sees[self._within])
@@ -149,7 +154,7 @@ class AtenRows:
         return self._once("cascade", self._cascade_parts)
 
     def _cascade_parts(self) -> Parts:
-        r, count = self._rows, self.decode_count
+        r, count = self.rows, self.decode_count
         own, each = np.arange(count), np.ones(count)
         first, zero = count + r.cohort_offsets[:-1], np.zeros(len(r.cohort_common))
         leaders = r.cohort_rows[r.cohort_offsets[:-1]]
@@ -166,7 +171,7 @@ class AtenRows:
 
     def _own_starts(self) -> np.ndarray:
         """[D] tokens that a row's cohort reads for it."""
-        r, starts = self._rows, np.zeros(self.decode_count, np.int64)
+        r, starts = self.rows, np.zeros(self.decode_count, np.int64)
         starts[r.cohort_rows] = np.repeat(r.cohort_common, np.diff(r.cohort_offsets))
         return starts
 
@@ -176,10 +181,10 @@ class AtenRows:
         return self._once("cohorts", self._cohorts)
 
     def _cohorts(self) -> list[tuple[Tensor, Tensor]]:
-        r, found = self._rows, []
+        r, found = self.rows, []
         for first, end, common in zip(r.cohort_offsets[:-1], r.cohort_offsets[1:], r.cohort_common):
             rows = self._put(r.cohort_rows[first:end])
-            found.append((rows, self.decode_blocks[rows[0], : common // self._block_size]))
+            found.append((rows, self.decode_blocks[rows[0], : common // self.block_size]))
         return found
 
     def own_blocks(self) -> tuple[Tensor, Tensor]:
@@ -188,12 +193,12 @@ class AtenRows:
 
     def _own_blocks(self) -> tuple[Tensor, Tensor]:
         starts = self._own_starts()
-        lengths = self._put(self._rows.decode_lengths - starts).view(-1, 1)
-        width = -(-int(lengths.max()) // self._block_size)
-        at = self._put(starts // self._block_size).view(-1, 1) + torch.arange(width, device=self.device)
+        lengths = self._put(self.rows.decode_lengths - starts).view(-1, 1)
+        width = -(-int(lengths.max()) // self.block_size)
+        at = self._put(starts // self.block_size).view(-1, 1) + torch.arange(width, device=self.device)
         last = self.decode_blocks.shape[1] - 1
         blocks = self.decode_blocks.gather(1, at.clamp(max=last)).masked_fill_(at > last, 0)
-        at = torch.arange(width * self._block_size, device=self.device)
+        at = torch.arange(width * self.block_size, device=self.device)
         return blocks.view(-1), _hiding(at >= lengths, torch.float32)
 
 

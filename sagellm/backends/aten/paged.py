@@ -58,18 +58,18 @@ class PagedRows(AtenRows):
 
     @cached_property
     def decodes(self) -> Sequences:
-        r = self._rows
+        r = self.rows
         return Sequences(np.ones_like(r.decode_lengths), r.decode_lengths, r.decode_blocks, self._put)
 
     @cached_property
     def prompts(self) -> Sequences:
-        r = self._rows
+        r = self.rows
         return Sequences(np.diff(r.prefill_offsets), r.prefill_lengths, r.prefill_blocks, self._put)
 
     @cached_property
     def sequences(self) -> Sequences:
         """Those that decode, then those with prompts."""
-        r = self._rows
+        r = self.rows
         queries = np.concatenate([np.ones_like(r.decode_lengths), np.diff(r.prefill_offsets)])
         lengths = np.concatenate([r.decode_lengths, r.prefill_lengths])
         return Sequences(queries, lengths, stacked(r.decode_blocks, r.prefill_blocks), self._put)

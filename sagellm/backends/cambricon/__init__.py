@@ -6,17 +6,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from sagellm.backends import chips
 from sagellm.backends.aten import TorchBackend
 from sagellm.backends.aten.cache import HND
 from sagellm.backends.aten.paged import PagedRows
 from sagellm.backends.cambricon import codegen
 from sagellm.backends.contract import CONFIDENCE, Contract
 from sagellm.backends.emit import Line
-from sagellm.errors import unknown
 from sagellm.rows import Rows
 from sagellm.target import CapabilityDescriptor
 
-CHIPS = ("MLU370", "MLU590")
 HALVES = ("bfloat16", "float16")
 
 
@@ -27,9 +26,7 @@ class CambriconBackend(TorchBackend):
 
     def __init__(self, chip: str | None = None):
         """The chip with or without MLU before its number."""
-        self.chip = "MLU" + (chip or "590").removeprefix("MLU")
-        if self.chip not in CHIPS:
-            raise unknown("Cambricon chip", chip, CHIPS)
+        self.chip = chips.find(self.name, "MLU" + (chip or "590").removeprefix("MLU")).kind
 
     @property
     def capability(self) -> CapabilityDescriptor:

@@ -13,7 +13,6 @@ from sagellm.backends.hygon import codegen
 class HygonBackend(StockOrVendor):
     name = "hygon"
     device = "cuda"
-    chips = ("K100_AI", "BW1000", "BW1100")
     default_chip = "BW1000"
     stock = f"stock torch; lightop and flash_attn by dcu+kernels (confidence D: {CONFIDENCE['D']})"
     vendors = f"lightop and flash_attn: confidence D, {CONFIDENCE['D']}; dcu is stock torch"

@@ -14,7 +14,6 @@ from sagellm.backends.kunlun import codegen
 class KunlunBackend(StockOrVendor):
     name = "kunlun"
     device = "cuda"
-    chips = ("P800",)
     default_chip = "P800"
     stock = (
         f"stock torch; kunlun_ops by xpu+kernels (attention and cache with confidence D: {CONFIDENCE['D']})"

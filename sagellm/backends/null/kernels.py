@@ -54,6 +54,8 @@ def chosen(rows: int) -> Tensor:
 class NullCache(list):
     """The KV cache of no layer's memory."""
 
+    beside = None
+
     def __init__(self, schema: KVCacheSchema):
         super().__init__([(None, None)] * schema.num_layers)
         self._block = (schema.num_layers, 2, schema.block_size, schema.num_kv_heads, schema.head_dim)

@@ -7,18 +7,21 @@
  * Set from outside: SAGELLM_FAKE_DEVICES (1), SAGELLM_FAKE_SOC (Ascend910B3).
  */
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 typedef int Error;
 
 /* Handles of streams, events and graphs are distinct addresses that nobody reads. */
-static char handles[4096];
+static char handles[1];
 static void *new_handle(void) {
-    static long count;
-    return &handles[__sync_fetch_and_add(&count, 1) % 4000 + 1];
+    static long count = 4096;
+    return (void *)(__sync_fetch_and_add(&count, 1) * 16);
 }
 
 static const char *setting(const char *name, const char *otherwise) {
@@ -27,34 +30,58 @@ static const char *setting(const char *name, const char *otherwise) {
 }
 
 /* What was called, one line each, until it is taken. */
-static char *trace;
-static size_t trace_used, trace_size;
+typedef struct { char *text; size_t used, size; } Lines;
+static Lines trace, order;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-static void write_trace(const char *text) {
+static void append(Lines *lines, const char *text) {
     size_t length = strlen(text);
-    if (trace_used + length + 1 > trace_size) {
-        trace_size = 2 * (trace_used + length + 1) + 4096;
-        trace = realloc(trace, trace_size);
+    if (lines->used + length + 1 > lines->size) {
+        lines->size = 2 * (lines->used + length + 1) + 4096;
+        lines->text = realloc(lines->text, lines->size);
     }
-    memcpy(trace + trace_used, text, length + 1);
-    trace_used += length;
+    memcpy(lines->text + lines->used, text, length + 1);
+    lines->used += length;
 }
 
+static void clear(Lines *lines) {
+    pthread_mutex_lock(&lock);
+    lines->used = 0;
+    if (lines->text) lines->text[0] = 0;
+    pthread_mutex_unlock(&lock);
+}
+
+static void write_trace(const char *text) { append(&trace, text); }
 static void note(const char *name) {
     pthread_mutex_lock(&lock);
     write_trace(name);
     write_trace("\n");
     pthread_mutex_unlock(&lock);
 }
+const char *sagellm_trace(void) { return trace.text ? trace.text : ""; }
+void sagellm_trace_clear(void) { clear(&trace); }
 
-const char *sagellm_trace(void) { return trace ? trace : ""; }
-void sagellm_trace_clear(void) {
+/* What orders work on streams, and copies and collectives, each with its thread; order.py reads it. From the first time
+ * that it is taken. */
+static int ordering;
+static void note_order(const char *form, ...) {
+    char line[200];
+    va_list values;
+    if (!ordering) return;
+    va_start(values, form);
+    int at = snprintf(line, sizeof line, "%ld ", syscall(SYS_gettid));
+    at += vsnprintf(line + at, sizeof line - at - 2, form, values);
+    va_end(values);
+    strcpy(line + at, "\n");
     pthread_mutex_lock(&lock);
-    trace_used = 0;
-    if (trace) trace[0] = 0;
+    append(&order, line);
     pthread_mutex_unlock(&lock);
 }
+const char *sagellm_order(void) {
+    ordering = 1;
+    return order.text ? order.text : "";
+}
+void sagellm_order_clear(void) { clear(&order); }
 
 /* Device */
 Error aclInit(const char *config) { return 0; }
@@ -101,14 +128,17 @@ Error aclrtReserveMemAddress(void **p, size_t n, size_t align, void *at, uint64_
 Error aclrtMallocPhysical(void **handle, size_t n, const void *how, uint64_t flags) { *handle = new_handle(); return 0; }
 Error aclrtFree(void *p) { free(p); return 0; }
 Error aclrtFreeHost(void *p) { free(p); return 0; }
-Error aclrtMemcpy(void *to, size_t room, const void *from, size_t n, int kind) { memmove(to, from, n); return 0; }
-Error aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t n, int kind, void *stream) {
+static Error copy(void *to, const void *from, size_t n, void *stream) {
+    note_order("copy %ld %ld %ld %ld", (long)stream, (long)from, (long)to, (long)n);
     memmove(to, from, n);
     return 0;
 }
+Error aclrtMemcpy(void *to, size_t room, const void *from, size_t n, int kind) { return copy(to, from, n, 0); }
+Error aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t n, int kind, void *stream) {
+    return copy(to, from, n, stream);
+}
 Error aclrtMemcpyAsyncWithCondition(void *to, size_t room, const void *from, size_t n, int kind, void *stream) {
-    memmove(to, from, n);
-    return 0;
+    return copy(to, from, n, stream);
 }
 Error aclrtMemset(void *to, size_t room, int value, size_t n) { memset(to, value, n); return 0; }
 Error aclrtMemsetAsync(void *to, size_t room, int value, size_t n, void *stream) { memset(to, value, n); return 0; }
@@ -118,17 +148,42 @@ Error aclrtPointerGetAttributes(const void *p, void *attributes) {
     return 0;
 }
 
-/* Streams and events: everything is done when it is asked for. */
+/* Streams and events: everything is done when it is asked for; what order it would have is noted. */
 Error aclrtCreateStream(void **stream) { *stream = new_handle(); return 0; }
 Error aclrtCreateStreamWithConfig(void **stream, uint32_t priority, uint32_t flags) { *stream = new_handle(); return 0; }
-Error aclrtStreamQuery(void *stream, int *status) { *status = 0; return 0; }
-Error aclrtStreamGetId(void *stream, int32_t *id) { *id = (int)((char *)stream - handles); return 0; }
+Error aclrtStreamQuery(void *stream, int *status) {
+    note_order("stream %ld", (long)stream);
+    *status = 0;
+    return 0;
+}
+Error aclrtStreamGetId(void *stream, int32_t *id) { *id = (int)((long)stream / 16); return 0; }
+Error aclrtSynchronizeDevice(void) { note_order("device"); return 0; }
+Error aclrtSynchronizeDeviceWithTimeout(int32_t ms) { note_order("device"); return 0; }
+Error aclrtSynchronizeStream(void *stream) { note_order("stream %ld", (long)stream); return 0; }
+Error aclrtSynchronizeStreamWithTimeout(void *stream, int32_t ms) {
+    note_order("stream %ld", (long)stream);
+    return 0;
+}
 Error aclrtCreateEventExWithFlag(void **event, uint32_t flags) { *event = new_handle(); return 0; }
 Error aclrtCreateEventWithFlag(void **event, uint32_t flags) { *event = new_handle(); return 0; }
+Error aclrtRecordEvent(void *event, void *stream) {
+    note_order("record %ld %ld", (long)stream, (long)event);
+    return 0;
+}
+Error aclrtStreamWaitEvent(void *stream, void *event) {
+    note_order("wait %ld %ld", (long)stream, (long)event);
+    return 0;
+}
+Error aclrtSynchronizeEvent(void *event) { note_order("event %ld", (long)event); return 0; }
 Error aclrtEventElapsedTime(float *ms, void *start, void *end) { *ms = 0; return 0; }
 Error aclrtEventGetTimestamp(void *event, uint64_t *time) { *time = 0; return 0; }
-Error aclrtQueryEventStatus(void *event, int *status) { *status = 1; return 0; }
-Error aclQueryEventRecordedStatus(void *event, int *status) { *status = 1; return 0; }
+static Error query(void *event, int *status, int done) {
+    note_order("event %ld", (long)event);
+    *status = done;
+    return 0;
+}
+Error aclrtQueryEventStatus(void *event, int *status) { return query(event, status, 1); }
+Error aclQueryEventRecordedStatus(void *event, int *status) { return query(event, status, 1); }
 Error aclrtQueryEventWaitStatus(void *event, int *status) { *status = 0; return 0; }
 Error aclQueryEventWaitStatus(void *event, int *status) { *status = 0; return 0; }
 
@@ -332,29 +387,36 @@ Error aclnnNpuFormatCastCalculateSizeAndFormat(void *tensor, int format, int ext
     return 0;
 }
 
-/* Collectives of one rank are copies. Sizes of HCCL's types, by their number. */
+/* Collectives: the other ranks bring nothing. So those of one rank are copies. Sizes of HCCL's types, by number. */
 static const int type_size[] = {1, 2, 4, 2, 4, 8, 8, 1, 2, 4, 8, 2, 8, 1, 1, 1, 1};
-static Error collective(const char *name, void *from, void *to, uint64_t count, int dtype) {
-    if (from != to) memmove(to, from, count * type_size[dtype]);
+static uint32_t ranks_met = 1;
+static Error collective(const char *name, void *from, void *to, uint64_t sent, uint64_t received, int dtype, void *stream) {
+    uint64_t size = type_size[dtype];
     note(name);
+    note_order("collective %ld %ld %ld %ld %ld", (long)stream, (long)from, (long)to, (long)(sent * size),
+               (long)(received * size));
+    if (from != to) memmove(to, from, (sent < received ? sent : received) * size);
     return 0;
 }
 Error HcclGetRootInfo(void *info) { memset(info, 1, 64); return 0; }
-Error HcclCommInitRootInfo(uint32_t ranks, const void *info, uint32_t rank, void **comm) { *comm = new_handle(); return 0; }
-Error HcclCommInitRootInfoConfig(uint32_t ranks, const void *info, uint32_t rank, const void *config, void **comm) {
+Error HcclCommInitRootInfo(uint32_t ranks, const void *info, uint32_t rank, void **comm) {
+    ranks_met = ranks;
     *comm = new_handle();
     return 0;
+}
+Error HcclCommInitRootInfoConfig(uint32_t ranks, const void *info, uint32_t rank, const void *config, void **comm) {
+    return HcclCommInitRootInfo(ranks, info, rank, comm);
 }
 Error HcclGetCommName(void *comm, char *name) { strcpy(name, "fake"); return 0; }
 Error HcclGetCommAsyncError(void *comm, int *error) { *error = 0; return 0; }
 Error HcclAllReduce(void *from, void *to, uint64_t n, int dtype, int op, void *comm, void *stream) {
-    return collective("HcclAllReduce", from, to, n, dtype);
+    return collective("HcclAllReduce", from, to, n, n, dtype, stream);
 }
 Error HcclAllGather(void *from, void *to, uint64_t n, int dtype, void *comm, void *stream) {
-    return collective("HcclAllGather", from, to, n, dtype);
+    return collective("HcclAllGather", from, to, n, n * ranks_met, dtype, stream);
 }
 Error HcclReduceScatter(void *from, void *to, uint64_t n, int dtype, int op, void *comm, void *stream) {
-    return collective("HcclReduceScatter", from, to, n, dtype);
+    return collective("HcclReduceScatter", from, to, n * ranks_met, n, dtype, stream);
 }
 Error HcclBroadcast(void *data, uint64_t n, int dtype, uint32_t root, void *comm, void *stream) {
     note("HcclBroadcast");

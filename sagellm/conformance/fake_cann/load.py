@@ -8,22 +8,28 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from attrs import define, field
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 from sagellm.backends.ascend.contract import CONTRACT
 from sagellm.backends.aten.cache import DeviceCache
 from sagellm.backends.contract import Call, Contract
 from sagellm.conformance import operations
 from sagellm.conformance.fake_cann.build import MAIN, build
+from sagellm.conformance.order import HOST, Order, Span, spans
 from sagellm.conformance.stand_in import ContractBroken, checked
 from sagellm.engine.core import EngineCore
 
@@ -46,6 +52,8 @@ NO_RESULT = {
 DATA_DEPENDENT = {"aten::nonzero"}
 """Results whose shape the kernel tells, which here computes none."""
 FACTORIES = ("aten::empty", "aten::new_empty")
+HOST_WAITS = ("event", "stream", "device")
+"""What makes the host know more, at the beginning of a line of the order."""
 
 
 def load(chip: str = "910B", devices: int = 1) -> ctypes.CDLL:
@@ -63,7 +71,7 @@ def load(chip: str = "910B", devices: int = 1) -> ctypes.CDLL:
     sys.path.insert(0, str(wheel))
     import torch_npu  # noqa: F401
 
-    main.sagellm_trace.restype = ctypes.c_char_p
+    main.sagellm_trace.restype = main.sagellm_order.restype = ctypes.c_char_p
     return main
 
 
@@ -95,6 +103,10 @@ class Seen:
     """Captured graphs that were launched."""
     shapes: int = 0
     """Calls whose results were compared with the vendor's own shape inference."""
+    order: Order = field(factory=Order)
+    """Of what was asked of the device's streams."""
+    device: Any = None
+    """Inside, operators run on the fake device outside an engine too."""
 
 
 class References(TorchDispatchMode):
@@ -103,11 +115,13 @@ class References(TorchDispatchMode):
 
     def __init__(self, contract: Contract, library: ctypes.CDLL):
         super().__init__()
-        self._contract, self._library, self.seen = contract, library, Seen()
+        self._contract, self._library, self.seen = contract, library, Seen(device=self)
         self._inferred: set[tuple] = set()
         self._captured: list[tuple] = []
         self._updated: dict[int, dict] = {}
         """Arguments of captured calls that can be updated, by the address of their first result."""
+        self._threads: set[int] = set()
+        """Those that ask for operators; others, such as the library's watch over collectives, are not the host here."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -116,24 +130,60 @@ class References(TorchDispatchMode):
         if call is None and _is_view(operator) and operator._can_decompose():
             with self:  # what is a view or a copy, such as `to` and `flatten`, as the one that it is here
                 return operator.decompose(*args, **kwargs)
+        self.follow()
         self._library.sagellm_trace_clear()
         out = operator(*args, **kwargs)
+        asked = self._asked()
         if not any(
             isinstance(x, Tensor) and x.device.type == "npu" for x in pytree.tree_leaves((args, kwargs, out))
         ):
+            self._order(asked, None if _is_view(operator) else HOST, operator, args, kwargs, out)
             return out
         launched = [line.partition(" ")[0] for line in self._library.sagellm_trace().decode().splitlines()]
         self.seen.kernels.update(launched)
-        if (call is None and _is_view(operator)) or name in NO_RESULT:
+        if (call is None and _is_view(operator)) or name in NO_RESULT or operator.namespace == "c10d":
+            self._order(asked)
             return out
         self._check(name, call, launched, out)
         if self._library.sagellm_updating():
+            self._order(asked)
             self._updated[kwargs["out"][0].data_ptr()].update(kwargs)
         elif self._library.sagellm_capturing():
+            self._order(asked)
             self._record(operator, call, args, dict(kwargs), out)
         else:
+            self._order(asked, _stream(), operator, args, kwargs, out)
             return self._compute(operator, call, args, kwargs, out)
         return out
+
+    def _asked(self) -> list[str]:
+        """What the device's streams were asked for since this was asked last."""
+        lines = self._library.sagellm_order().decode().splitlines()
+        self._library.sagellm_order_clear()
+        self._threads.add(threading.get_native_id())
+        parts = (line.partition(" ") for line in lines)
+        return [
+            said for thread, _, said in parts
+            if int(thread) in self._threads or not said.startswith(HOST_WAITS)
+        ]  # fmt: skip
+
+    def follow(self) -> None:
+        """Take note of what was asked outside operators."""
+        self._order(self._asked())
+
+    def _order(
+        self, asked: list[str], stream: int | None = None, operator=None, args=(), kwargs=None, out=None
+    ):
+        """Note an operator's own accesses on its stream: behind what its allocations asked, before all else."""
+        first = next((i for i, said in enumerate(asked) if not said.startswith("event")), len(asked))
+        for said in asked[:first]:
+            self.seen.order.note(said)
+        if stream is not None:
+            self.seen.order.access(
+                stream, operator.name(), *_touched(operator, args, kwargs, out, stream == HOST)
+            )
+        for said in asked[first:]:
+            self.seen.order.note(said)
 
     def _compute(self, operator, call: Call | None, args, kwargs, out):
         """Fill the results in; gives them."""
@@ -177,8 +227,11 @@ class References(TorchDispatchMode):
     def replay(self, recorded: list[tuple]) -> None:
         """Compute it all again."""
         self.seen.replays += 1
-        for one in recorded:
-            self._compute(*one)
+        self.follow()
+        with _disable_current_modes():  # the references' own operators are nobody's
+            for operator, call, args, kwargs, out in recorded:
+                self._order([], _stream(), operator, args, kwargs, out)
+                self._compute(operator, call, args, kwargs, out)
 
     def _check(self, name: str, call: Call | None, launched: list[str], out) -> None:
         if call is not None:
@@ -229,21 +282,82 @@ def _is_view(operator) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
+def _stream() -> int:
+    return torch.npu.current_stream().npu_stream
+
+
+def _touched(operator, args, kwargs, out, on_host: bool) -> tuple[list[Span], list[Span]]:
+    """The memory that an operator reads and writes, of the host's or the device's."""
+    schema = operator._schema.arguments
+    given = [(schema[i], value) for i, value in enumerate(args)]
+    given += [(argument, kwargs[argument.name]) for argument in schema if argument.name in kwargs]
+    part = PARTS.get(operator._schema.name, lambda values: {})({a.name: value for a, value in given})
+    reads: list[Span] = []
+    writes: list[Span] = []
+    for argument, value in [*given, (None, out)]:
+        written = argument is None or (argument.alias_info is not None and argument.alias_info.is_write)
+        if argument is None and any(r.alias_info is not None for r in operator._schema.returns):
+            continue  # it is one of the arguments
+        for x in pytree.tree_leaves(value):
+            if isinstance(x, Tensor) and (x.device.type == "npu") != on_host:
+                name = "" if argument is None else argument.name
+                (writes if written else reads).extend(spans(x, *part.get(name, ())))
+    return reads, writes
+
+
+def _indexed(values: dict) -> dict:
+    """`self` at rows of the first dimension that is indexed."""
+    at = next(i for i, index in enumerate(values["indices"]) if index is not None)
+    index = host(values["indices"][at])
+    return {"self": (at, _flat(index))} if index.dtype == torch.int64 else {}
+
+
+def _selected(values: dict) -> dict:
+    return {"self": (values["dim"], _flat(values["index"]))}
+
+
+def _written_blocks(values: dict) -> dict:
+    """Blocks of a cache [blocks, block size, ...], or NZ, whose slots are written."""
+    found = {}
+    slots = host(values.get("slot_mapping", values.get("slot_indices")))
+    for name in ("key_cache", "value_cache"):
+        cache = values[name]
+        size = cache.shape[2] if "slot_indices" in values else cache.shape[1]
+        found[name] = 0, _flat(slots // size)
+    return found
+
+
+def _flat(index: Tensor) -> list[int]:
+    return host(index).reshape(-1).tolist()
+
+
+PARTS = {
+    "aten::index": _indexed,
+    "aten::index_put_": _indexed,
+    "aten::_index_put_impl_": _indexed,
+    "aten::index_select": _selected,
+    "aten::index_copy_": _selected,
+    "npu::npu_scatter_pa_kv_cache": _written_blocks,
+    "atb::_npu_reshape_and_cache": _written_blocks,
+}
+"""Operators that touch a part of an argument, by its name: its dimension and the rows there."""
+
+
 def _shape(x: Any) -> Any:
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, Tensor) else x
 
 
 @contextmanager
-def fake_ascend(chip: str = "910B") -> Iterator[Seen]:
+def fake_ascend(chip: str = "910B", devices: int = 1) -> Iterator[Seen]:
     """Engines for `ascend` made inside run on the fake device, in whatever thread; what the host code did.
 
     Raises `Unavailable`. torch_npu stays loaded afterwards.
     """
-    references = References(CONTRACT, load(chip))
+    references = References(CONTRACT, load(chip, devices))
 
     def on_device(method):
         def inside(*args, **kwargs):
-            with references:
+            with nullcontext() if references in _get_current_dispatch_mode_stack() else references:
                 return method(*args, **kwargs)
 
         return inside
