@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -247,9 +249,11 @@ def mutate(target: str, count: int) -> Iterator[Finding]:
     yield Finding("mutation", "all", passed, f"{count - by['none']} of {count} errors caught ({found})")
 
 
-def main(layers: str, target: str, argument: str) -> int:
-    """Print the findings of `stand_in` or `host_code` over a folder, or of so many `mutations`; 1 if one is bad."""
+def main(layers: str, target: str, argument: str) -> None:
+    """Print the findings of `stand_in` or `host_code` over a folder, or of so many `mutations`; leaves with 1 if one is
+    bad."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     if layers == "mutations":
         findings = mutate(target, int(argument))
     else:
@@ -259,4 +263,4 @@ def main(layers: str, target: str, argument: str) -> int:
     for finding in findings:
         print(finding, flush=True)
         good &= finding.ok
-    return 0 if good else 1
+    sys.exit(0 if good else 1)

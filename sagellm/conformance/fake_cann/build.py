@@ -53,11 +53,15 @@ def build() -> tuple[Path, Path]:
             f"the fake CANN is for Linux on x86_64, this is {platform.system()} {platform.machine()}"
         )
     wheel = _wheel(folder())
-    source = _source(wheel / "torch_npu")
-    libraries = folder() / f"cann-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    key = hashlib.sha256(Path(__file__).read_bytes() + _own().encode()).hexdigest()[:16]
+    libraries = folder() / f"cann-{key}"
     if not (libraries / "done").exists():
-        _compile(libraries, source, wheel / "torch_npu")
+        _compile(libraries, _source(wheel / "torch_npu"), wheel / "torch_npu")
     return wheel, libraries
+
+
+def _own() -> str:
+    return files(__package__).joinpath("cann.c").read_text(encoding="utf-8")
 
 
 def _wheel(root: Path) -> Path:
@@ -128,7 +132,7 @@ def _missing(package: Path) -> list[str]:
 
 def _source(package: Path) -> str:
     """cann.c and what is missing beyond it."""
-    own = files(__package__).joinpath("cann.c").read_text(encoding="utf-8")
+    own = _own()
     vendor, provided, wanted = _vendor(package), set(), set()
     names = {name for library in vendor for name in _needed(library)}
     for library in (*vendor, *_torch(), *filter(None, map(_system, sorted(names)))):
