@@ -171,11 +171,15 @@ def cascade(layers: int, rows: int, prefix: int, pairs: int) -> None:
         program = core.compiler.model(words).program
         runs[name] = lambda f=program["model"], columns=columns: f(core.weights, core.cache, columns)
     with torch.inference_mode():
-        difference = (runs["alone"]() - runs["together"]()).abs().max()
+        alone = runs["alone"]()
+        difference, largest = (alone - runs["together"]()).abs().max(), alone.abs().max()
         seconds = interleaved(pairs, **runs)
     for name, times in seconds.items():
         click.echo(f"{name:<10}{statistics.median(times) * 1e3:>9.1f} ms")
-    click.echo(f"{ratio(seconds, 'alone', 'together')}; largest difference of a logit {difference:.1e}")
+    click.echo(
+        f"{ratio(seconds, 'alone', 'together')}; largest difference of a logit {difference:.1e}, "
+        f"{difference / largest:.1e} of the largest logit"
+    )
 
 
 @main.command()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
+import multiprocessing
 import sys
 
 import click
 
-from sagellm.conformance.verify import contract_of
+from sagellm.conformance.verify import contract_of, main
 from sagellm.models.hub import resolve
 
 
@@ -33,9 +33,13 @@ def verify_backend(target: str, model: str | None, mutations: int | None, seed: 
     runs = [("stand_in", folder), ("host_code", folder)] if contract.host_code else [("stand_in", folder)]
     if mutations is not None:
         runs = [("mutations", str(mutations))]
-    failed = 0
+    processes = multiprocessing.get_context(
+        "fork" if sys.platform == "linux" else "spawn"
+    )  # fork has torch already
+    failed = False
     for layers, argument in runs:
-        code = "import sys; from sagellm.conformance.verify import main; sys.exit(main(*sys.argv[1:]))"
-        command = [sys.executable, "-W", "ignore", "-c", code, layers, target, argument, str(seed)]
-        failed |= subprocess.run(command, check=False).returncode
-    raise SystemExit(failed)
+        process = processes.Process(target=main, args=(layers, target, argument, str(seed)))
+        process.start()
+        process.join()
+        failed |= process.exitcode != 0
+    raise SystemExit(int(failed))

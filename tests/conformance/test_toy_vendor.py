@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sagellm.cli import capture
 from sagellm.conformance.models import write_model
 
 PACKAGE = Path(__file__).parents[2] / "examples" / "toy-vendor"
@@ -49,5 +50,5 @@ def test_an_error_in_its_text_is_noticed(installed):
 
 
 def test_it_is_not_there_where_it_is_not_installed():
-    done = run(dict(os.environ), "verify-backend", "toy")
-    assert done.returncode == 2 and "toy" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = capture(["verify-backend", "toy"])
+    assert done.code == 2 and "toy" in done.stderr and len(done.stderr.splitlines()) == 1

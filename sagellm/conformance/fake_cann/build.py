@@ -53,9 +53,8 @@ def build() -> tuple[Path, Path]:
             f"the fake CANN is for Linux on x86_64, this is {platform.system()} {platform.machine()}"
         )
     wheel = _wheel(folder())
-    # what it is derived from; the wheel and torch are of the folder's version
-    own = hashlib.sha256(_own().encode() + Path(__file__).read_bytes()).hexdigest()[:16]
-    libraries = folder() / f"cann-{own}"
+    key = hashlib.sha256(Path(__file__).read_bytes() + _own().encode()).hexdigest()[:16]
+    libraries = folder() / f"cann-{key}"
     if not (libraries / "done").exists():
         _compile(libraries, _source(wheel / "torch_npu"), wheel / "torch_npu")
     return wheel, libraries
