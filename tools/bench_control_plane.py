@@ -1,8 +1,9 @@
 """What the control plane costs: the same load straight to an engine's server and through the control plane, in turns.
 
-    python tools/bench_control_plane.py --engine http://127.0.0.1:8001 --control-plane http://127.0.0.1:8889
+    sagellm control-plane serve --register vllm@vllm=http://127.0.0.1:8001 &
+    python tools/bench_control_plane.py --engine http://127.0.0.1:8001 --control-plane http://127.0.0.1:8889 --pid $!
 
-Both must be there already, and the engine be registered with the control plane. A turn is `--requests` streams of
+Both must be there already, and no other engine be registered with the control plane. A turn is `--requests` streams of
 random token ids, `--at-once` of them at a time; who goes first changes from pair to pair. Printed are medians, and of
 the ratios or differences within pairs the median with an interval that holds it in 95 % of cases (order statistics).
 """
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 import click
+import psutil
 
 USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 FIGURES = ("tokens_per_s", "ttft_ms", "tpot_ms")
@@ -68,6 +70,11 @@ async def turn(address: str, bodies: Sequence[dict], at_once: int) -> dict[str, 
     }
 
 
+def spent(pid: int | None) -> float:
+    """Processor seconds of a process so far."""
+    return sum(psutil.Process(pid).cpu_times()[:2]) if pid else 0.0
+
+
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, and the two values between which the median of all such runs lies in 95 % of cases, if any do."""
     ordered, n, below, rank = sorted(values), len(values), 0.0, 0
@@ -85,8 +92,9 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 @click.option("--prompt", default=32, show_default=True, help="Tokens.")
 @click.option("--output", default=16, show_default=True, help="Tokens.")
 @click.option("--pairs", default=9, show_default=True)
+@click.option("--pid", type=int, help="Of the control plane: its processor time is printed too.")
 @click.option("--vocabulary", default=4096, show_default=True, help="Token ids are below this.")
-def main(engine, control_plane, model, requests, at_once, prompt, output, pairs, vocabulary) -> None:
+def main(engine, control_plane, model, requests, at_once, prompt, output, pairs, pid, vocabulary) -> None:
     if model is None:
         with urllib.request.urlopen(f"{engine}/v1/models") as answer:
             model = json.load(answer)["data"][0]["id"]
@@ -104,6 +112,7 @@ def main(engine, control_plane, model, requests, at_once, prompt, output, pairs,
     for address in sides.values():  # warm
         asyncio.run(turn(address, bodies(2 * at_once), at_once))
     got: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    before = spent(pid)
     for pair in range(pairs):
         for name in list(sides)[:: 1 if pair % 2 else -1]:
             got[name].append(asyncio.run(turn(sides[name], bodies(requests), at_once)))
@@ -117,6 +126,12 @@ def main(engine, control_plane, model, requests, at_once, prompt, output, pairs,
         click.echo(
             f"{figure:<14}{statistics.median(straight):>10.2f}{statistics.median(through):>10.2f}{ratio:>9.3f}"
             f"  {low:.3f} to {high:.3f}   {more:>+9.2f}  {least:+.2f} to {most:+.2f}"
+        )
+
+    if pid:
+        seconds = (spent(pid) - before) / (pairs * requests)
+        click.echo(
+            f"processor time of the control plane, its probes included: {seconds * 1e3:.2f} ms a request"
         )
 
 
