@@ -15,7 +15,7 @@ from attrs.validators import optional
 from pydantic_core import from_json
 
 from sagellm import checks
-from sagellm.control_plane import adapters
+from sagellm.control_plane import adapters, plain
 from sagellm.control_plane.adapters.base import EngineOptions, ServerAdapter
 from sagellm.control_plane.calls import Call, call_of
 from sagellm.control_plane.endpoint import Endpoint, EngineLost, Reply
@@ -31,6 +31,7 @@ from sagellm.control_plane.routing.fleet import Fleet
 from sagellm.control_plane.types import EngineInfo, RequestMetadata
 from sagellm.control_plane.waiting import WaitingRoom
 from sagellm.engine.base import BaseInferenceEngine, EngineState, Health
+from sagellm.engine.engine import SageLLMEngine
 from sagellm.engine.stats import EngineLoad
 from sagellm.errors import UserError, unknown
 
@@ -87,7 +88,9 @@ class Member:
         """Of requests that it can serve, as far as it is known now."""
         if self.info.engine_kind == "embedding":
             return frozenset({"embeddings"})
-        return getattr(self.engine, "FEATURES", ALL)
+        if isinstance(self.engine, RemoteEngine):
+            return self.engine.FEATURES
+        return ALL if isinstance(self.engine, SageLLMEngine) else plain.FEATURES
 
     @property
     def longest(self) -> int | None:
@@ -243,6 +246,7 @@ class ControlPlaneManager:
             cost_per_token=facts.get("cost_per_token"),
             labels={str(name): str(value) for name, value in (facts.get("labels") or {}).items()},
             ranks=int(facts.get("tensor_parallel", 1)),
+            kv_tokens=capability.kv_cache_capacity if capability else None,
         )
         self._tell_state(member)
 
@@ -315,6 +319,8 @@ class ControlPlaneManager:
                 health = Health(EngineState.ERROR, str(error))
             else:
                 member.info.model_id = engine.model_id
+                if member.info.engine_kind == RemoteEngine.KIND:
+                    member.info.engine_kind = engine.kind
                 self._describe(member)
         self._answered(member, health)
         if health.ready:

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from sagellm.batch import SamplingParams
+from sagellm.control_plane.features import ALL
 from sagellm.engine.base import BaseInferenceEngine, GenerateRequest, GenerateResult
 from sagellm.errors import QueueFull, UserError
 from sagellm.server.errors import APIError, answer, body_of
@@ -22,6 +23,10 @@ from sagellm.server.errors import APIError, answer, body_of
 SAMPLING = {a.name for a in fields(SamplingParams)} - {"logprobs", "prompt_logprobs", "grammar"}
 IGNORED = {"model", "user", "stream_options", "metadata", "store"}
 """They do not change the output."""
+FEATURES = ALL - {
+    "tools", "grammar", "logprobs", "prompt_logprobs", "echo", "return_token_ids", "resume_token_ids"
+}  # fmt: skip
+"""Of requests that the interface can say."""
 DONE = b"data: [DONE]\n\n"
 
 

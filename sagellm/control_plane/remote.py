@@ -36,6 +36,8 @@ from sagellm.target import CapabilityDescriptor
 
 PROBE_SECONDS = 3.0
 START_SECONDS = 600.0
+OURS = "sagellm"
+"""How our server names its kind, in /info."""
 DEFAULTS = SamplingParams()
 SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
@@ -51,10 +53,10 @@ class RemoteEngine(BaseInferenceEngine):
     """
 
     KIND: ClassVar[str] = "llm"
-    METRICS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    METRICS: Mapping[str, tuple[str, ...]] = {}
     """Field of `EngineLoad` -> names in the engine's /metrics, the first that is there counts; several series are
     added up."""
-    FEATURES: ClassVar[frozenset[str]] = OPENAI
+    FEATURES: frozenset[str] = OPENAI
     """Of requests, see `features.py`, that it can serve."""
 
     def __init__(
@@ -68,6 +70,8 @@ class RemoteEngine(BaseInferenceEngine):
         """`endpoint` may be an address, http://host:port. Without `model_id` it is the first that is served there."""
         self.endpoint = HttpEndpoint(endpoint, api_key) if isinstance(endpoint, str) else endpoint
         self.engine_id, self.model_id = engine_id, model_id or ""
+        self.kind = self.KIND
+        """`KIND`, unless the server says that it is one of ours."""
         self._state = EngineState.STARTING
         self._load = EngineLoad()
         self._capability: CapabilityDescriptor | None = None
@@ -126,6 +130,10 @@ class RemoteEngine(BaseInferenceEngine):
             raise UserError(f"{self.engine_id} does not serve {self.model_id!r}; it has: {', '.join(served)}")
         self.model_id = self.model_id or next(iter(served))
         info = await self._get("/info") or {}
+        if info.get("engine_kind") == OURS and self.kind == RemoteEngine.KIND:
+            from sagellm.control_plane.adapters.sagellm import SageLLMAdapter
+
+            self.kind, self.FEATURES, self.METRICS = OURS, SageLLMAdapter.FEATURES, SageLLMAdapter.METRICS
         if "capability" in info:
             self._capability = CapabilityDescriptor.from_dict(info["capability"])
             self._kv_schema = KVCacheSchema.from_dict(info["kv_schema"])

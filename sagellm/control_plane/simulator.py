@@ -16,7 +16,6 @@ import numpy as np
 from attrs import define, frozen
 
 from sagellm.batch import Batch, Columns, Request
-from sagellm.bench.kv import prompts
 from sagellm.bench.workload import TraceRow
 from sagellm.control_plane.routing.ask import Ask
 from sagellm.control_plane.routing.decision import Router
@@ -254,15 +253,19 @@ def _block(rows: Sequence[TraceRow]) -> int:
 
 
 def _arrivals(rows: Sequence[TraceRow], pace: float) -> Iterator[Served]:
-    for number, (row, ids) in enumerate(zip(rows, prompts(rows))):
+    numbers: dict[tuple[str, int], int] = {}
+    for number, row in enumerate(rows):
+        own = [
+            numbers.setdefault((row.tenant, i), len(numbers)) for i in row.hash_ids
+        ]  # tenants share nothing
         ask = Ask(
             request_id=str(number),
             model=MODEL,
             prompt_tokens=row.input_length,
-            chunks=row.hash_ids,
+            chunks=own,
         )
         sent = (row.timestamp - rows[0].timestamp) / 1e3 / pace
-        yield Served(ask, ids, row.output_length, sent)
+        yield Served(ask, np.array(own, np.int32), row.output_length, sent)
 
 
 def _tell(fleet: Fleet, name: str, engine: SimulatedEngine, now: float) -> None:

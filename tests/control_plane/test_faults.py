@@ -62,7 +62,7 @@ def test_streams_of_a_killed_engine_go_on_in_another(tmp_path):
             victim = manager.members[infos[0].engine_id]
             while victim.info.active_requests < STREAMS // 2:
                 await asyncio.sleep(0.01)
-            while manager.fleet.rows["ahead"].any():  # prompts that have no token yet
+            while manager.fleet.columns.ahead.any():  # prompts that have no token yet
                 await asyncio.sleep(0.01)
             os.killpg(victim.info.metadata["pid"], signal.SIGKILL)
             texts = await asyncio.gather(*tasks)

@@ -99,8 +99,8 @@ def test_a_remote_engine_is_an_engine(engine):
             )
             load = await remote.refresh()
             assert load.running == 0 and load.generated > 0 and load.kv_use is not None
-            with pytest.raises(UserError, match="temperature"):
-                await remote.generate(GenerateRequest(prompt="x", sampling=SamplingParams(temperature=1e9)))
+            with pytest.raises(UserError, match="512"):
+                await remote.generate(GenerateRequest(prompt=[1] * 600, sampling=how))
             await remote.stop()
 
     run(main())
