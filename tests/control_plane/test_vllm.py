@@ -36,7 +36,7 @@ async def life(engines: list[SageLLMEngine], logs) -> None:
     for number, engine in enumerate(engines):
         manager.register_engine(f"sagellm-{number}", engine)
     for member in list(manager.members):
-        await manager.wait_until_ready(member)
+        await manager.wait_until_ready(member, 1200)
     vllm = manager.members["vllm"].engine
 
     found = await drive(vllm)
