@@ -20,6 +20,7 @@ unit: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 tests examples
 
 test-long: $(VENV)/.test
+	$(BIN)/python -m pip install -q -e ".[ray]"
 	SAGELLM_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 tests examples --ignore tests/passes/test_meaning.py
 	SAGELLM_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 tests/passes/test_meaning.py  # two kinds of graphs: 10,000
 

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from sagellm import __version__
 from sagellm.backends import devices
 from sagellm.control_plane.adapters import ADAPTERS
 from sagellm.control_plane.calls import Call
-from sagellm.control_plane.endpoint import EngineLost
+from sagellm.control_plane.endpoint import EngineLost, Reply
 from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.control_plane.metrics import exposition
 from sagellm.control_plane.routing.ask import KINDS
@@ -116,12 +117,26 @@ def make_app(
     return app
 
 
+class _Relayed(StreamingResponse):
+    """A stream that ends at its engine when the client goes away, and not when memory is next tidied."""
+
+    def __init__(self, reply: Reply, headers: dict[str, str]):
+        super().__init__(reply.pieces, reply.status, headers)
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._reply.aclose()
+
+
 def _openai(app: FastAPI, manager: ControlPlaneManager) -> None:
     async def relay(request: Request) -> Response:
         reply = await unless_gone(request, manager.submit(await _call(request)))
         headers = dict(reply.headers)
         if headers.get("content-type", "").startswith("text/event-stream"):
-            return StreamingResponse(reply.pieces, reply.status, headers)
+            return _Relayed(reply, headers)
         return Response(await reply.read(), reply.status, headers)
 
     for path in KINDS:

@@ -83,12 +83,12 @@ class Attempt:
             return
         self._over = True
         self._watch.cancel()
-        if self._reply is not None:
-            await self._reply.aclose()
         per_token = None
         if self._first is not None and made > 1:
             per_token = (time.perf_counter() - self._began - self._first) / (made - 1)
         self._manager.ended(self.member, self._call, outcome, made, per_token)
+        if self._reply is not None:  # a client that went away has this task cancelled at every await
+            await asyncio.shield(asyncio.create_task(self._reply.aclose()))
 
 
 class Relay:

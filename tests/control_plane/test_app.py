@@ -1,11 +1,13 @@
 """The control plane's routes."""
 
+import asyncio
+
 import pytest
 from planes import run, served
 
 from sagellm.cli import capture
 from sagellm.control_plane.app import make_app
-from sagellm.control_plane.endpoint import AppEndpoint
+from sagellm.control_plane.endpoint import AppEndpoint, events
 from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.control_plane.plain import plain_app
 from sagellm.control_plane.verify import SERVER, Server
@@ -51,6 +53,42 @@ def test_it_is_itself_a_server_as_control_planes_want_one(engine):
 
     results = run(main(), 120)
     assert not [result for result in results if result.outcome == "broken"]
+
+
+def test_a_client_that_goes_away_ends_its_request_at_the_engine(engine):
+    async def main():
+        manager, here = await plane(engine)
+        body = {
+            "model": engine.model_id,
+            "prompt": "Once",
+            "max_tokens": 480,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        reply = await here.endpoint.send("POST", "/v1/completions", body)
+        async for _ in events(reply):
+            break
+        assert engine.stats().running == 1
+        await reply.aclose()
+        while engine.stats().running or manager.get_engine_info("sagellm").active_requests:
+            await asyncio.sleep(0.01)
+        assert manager.outcomes == {("sagellm", "refused"): 1}, "nothing is held against the engine"
+        await manager.stop()
+
+    run(main())
+
+
+def test_an_engine_that_cannot_start_says_why_in_one_line(tmp_path):
+    async def main():
+        manager, here = await plane(None, logs=tmp_path)
+        body = {"model": str(tmp_path / "nothing"), "wait": True}
+        found = await here.ask("POST", f"{MANAGEMENT}/engines", body)
+        await manager.stop()
+        return found, manager.members
+
+    (status, said), members = run(main(), 120)
+    assert status == 400 and not members
+    assert said["error"]["message"].startswith("sagellm-1 ended with status 2: sagellm serve: error: ")
 
 
 def test_engines_are_managed_over_http(engine):
