@@ -2,7 +2,7 @@
 
 T tokens, H heads, G query heads a KV head, D head size, L cached tokens.
 
-KV cache of a layer: (keys, values), each [blocks, block size, KV heads, D]. Numbers that led here are in
+KV cache of a layer: (keys, values), each [blocks, block size, KV heads, D], or `Int8` of that shape. Numbers that led here are in
 docs/performance.md.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
 from sagellm.backends.aten.columns import AtenRows
+from sagellm.backends.aten.int8 import Int8, int8  # noqa: F401 - emitted text calls `aten.int8`
 
 
 def embedding_part(tokens: Tensor, table: Tensor, rank: int) -> Tensor:
@@ -88,10 +89,11 @@ def kv_write(kv: tuple[Tensor, Tensor], k: Tensor, v: Tensor, rows) -> None:
     """Write [T, KV heads * D] to the rows' slots; tokens that several sequences share go to several slots."""
     if rows.kv_source is not None:
         k, v = k[rows.kv_source], v[rows.kv_source]
-    keys, values = kv
-    width = keys.shape[2] * keys.shape[3]
-    keys.view(-1, width).index_copy_(0, rows.slots, k)
-    values.view(-1, width).index_copy_(0, rows.slots, v)
+    for cache, x in zip(kv, (k, v)):
+        if isinstance(cache, Int8):
+            cache.write(rows.slots, x)
+        else:
+            cache.view(-1, x.shape[1]).index_copy_(0, rows.slots, x)
 
 
 def rope_kv_write(

@@ -5,6 +5,8 @@
 
 typedef uint16_t bf16;
 
+#define SCALE 4 /* bytes of a scale, a float behind the int8 numbers of a head */
+
 static inline float up_bf16(bf16 v) {
     uint32_t bits = (uint32_t)v << 16;
     float f;
