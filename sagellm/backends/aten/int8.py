@@ -23,7 +23,8 @@ def quantized(x: Tensor) -> Tensor:
 
 def widened(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """int8 [..., D + 4] to [..., D] of a float type."""
-    numbers, scale = packed[..., :-SCALE], packed[..., -SCALE:].contiguous().view(torch.float32)
+    numbers, scale = packed.split([packed.shape[-1] - SCALE, SCALE], -1)
+    scale = scale.clone(memory_format=torch.contiguous_format).view(torch.float32)  # aligned
     return (numbers.float() * scale).to(dtype)
 
 
