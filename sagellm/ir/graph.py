@@ -78,7 +78,9 @@ class IRGraph:
         touch = [op for op in self.walk() if isinstance(op, (nn.KvWrite, nn.RopeKvWrite, nn.Attention))]
         found = {None if op.kv_dtype is None else op.kv_dtype.data for op in touch}
         if len(found) > 1:
-            raise UserError(f"operations of one cache have kv_dtype {', '.join(map(repr, found))}; accepted: one")
+            raise UserError(
+                f"operations of one cache have kv_dtype {', '.join(map(repr, found))}; accepted: one"
+            )
         return next(iter(found), None)
 
     def clone(self) -> IRGraph:

@@ -1,7 +1,7 @@
 """With keys and values in int8 the engine serves all that it does with floats, in half the memory and less.
 
-Numbers at a rounding's edge fall to either side where sums were made in another order, so that what is compared is near,
-or nearly always equal.
+Numbers at a rounding's edge fall to either side where sums were made in another order, so that what is compared is
+near, or nearly always equal.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from attrs import evolve
 from checkpoints import make_core, random_tokens, serve, tokens_of
 
 from sagellm.batch import Request, SamplingParams
+from sagellm.config import EngineConfig
 from sagellm.conformance import scenario
 from sagellm.engine.base import GenerateRequest, KVHandle
 from sagellm.engine.core import EngineCore
@@ -20,6 +21,7 @@ from sagellm.engine.engine import SageLLMEngine
 from sagellm.engine.planner import Planner
 from sagellm.engine.record import replay
 from sagellm.engine.tokenizer import Tokenizer
+from sagellm.errors import UserError
 from sagellm.ir.reference import Forwarded, LogicalRows, evaluate_model, evaluate_weights
 from sagellm.models.checkpoint import Checkpoint
 from sagellm.models.decoder import build_model
@@ -77,12 +79,15 @@ def test_blocks_that_are_copied_and_come_back_from_host_memory_keep_their_scales
     waves = [[random_tokens(60, seed + i) for i in range(3)] for seed in (10, 20, 30)]
     core = make_core(folder, kv_dtype="int8", block_size=8, max_length=128, host_kv_gib=0.01)
     how = SamplingParams(max_tokens=12, n=2)
-    said = [samples_of(core, prompts, how) for prompts in (*waves, waves[0])]
+    waves.append(waves[0])
+    said = [samples for prompts in waves for samples in samples_of(core, prompts, how)]
     stats = core.stats()
     assert stats.fetched and stats.copied_blocks and stats.reused
     alone = make_core(folder, kv_dtype="int8", max_length=128, prefix_caching=False)
-    expected = tokens_of(serve(alone, sum((*waves, waves[0]), []), SamplingParams(max_tokens=12)))
-    same = [one == other for one, samples in zip(expected, sum(said, [])) for other in samples]
+    expected = tokens_of(
+        serve(alone, [p for prompts in waves for p in prompts], SamplingParams(max_tokens=12))
+    )
+    same = [one == other for one, samples in zip(expected, said) for other in samples]
     assert np.mean(same) >= 0.9
 
 
@@ -104,9 +109,7 @@ def test_logits_are_those_of_the_reference_which_rounds_as_the_cache_does(folder
     rows = LogicalRows((Forwarded(0, range(40), tuple(prompt), 40, (39,)),))
     checkpoint = Checkpoint(folder)
     weights = evaluate_weights(graph, checkpoint.read)
-    reference, plain = (
-        evaluate_model(graph, weights, rows, {}, exact=exact)[0] for exact in (False, True)
-    )
+    reference, plain = (evaluate_model(graph, weights, rows, {}, exact=exact)[0] for exact in (False, True))
     (ours,) = logits_of(core, [prompt])
     largest = reference.abs().max()
     assert (ours - reference).abs().mean() < EQUAL * largest < (plain - reference).abs().mean()
@@ -178,3 +181,15 @@ def test_a_schema_says_what_its_scales_are(folder):
     with SageLLMEngine(folder, kv_schema=schema, max_sequences=2) as engine:
         assert engine.get_kv_schema() == schema == KVCacheSchema.from_json(schema.to_json())
     assert evolve(schema, scale_dtype=None).bytes_per_block < schema.bytes_per_block
+
+
+def test_a_graph_for_another_cache_is_refused(folder):
+    """As a pass would leave it that forgets what the cache holds, everywhere or in one place."""
+    planner = Planner(EngineConfig(model=str(folder), kv_dtype="int8"))
+    forgot = build_model(planner.model, "float32", ("prefill",))
+    with pytest.raises(UserError, match="leaves kv_dtype None; accepted: 'int8', the cache's"):
+        planner.compiler.compile_model(forgot, ("prefill",))
+    graph = build_model(planner.model, "float32", ("prefill",), "int8")
+    del next(op for op in graph.walk() if op.name == "nn.attention").properties["kv_dtype"]
+    with pytest.raises(UserError, match="operations of one cache have kv_dtype .*; accepted: one"):
+        planner.compiler.compile_model(graph, ("prefill",))

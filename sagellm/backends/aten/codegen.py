@@ -28,7 +28,11 @@ Module = Callable[[Operation], str]
 
 def cache(op: Operation) -> str:
     """The layer's keys and values as its kernels read and write them."""
-    return "kv" if op.properties.get("kv_dtype") is None else f"aten.int8(kv, {torch_dtype(op.operands[0].type)})"
+    return (
+        "kv"
+        if op.properties.get("kv_dtype") is None
+        else f"aten.int8(kv, {torch_dtype(op.operands[0].type)})"
+    )
 
 
 def heads(e: Emitter, value, head_dim: int) -> str:
@@ -111,9 +115,8 @@ def attention(
 ) -> str:
     """By the kinds of rows: each kind has a kernel of its own."""
     words, window = op.operands[1].type.data, e.value(op, "window")
-    arguments = (
-        f"{e.name(op.operands[0])}, {kv or cache(op)}, {rows or e.name(op.operands[1])}, {literal(e.value(op, 'scale'))}"
-    )
+    q, scale = e.name(op.operands[0]), literal(e.value(op, "scale"))
+    arguments = f"{q}, {kv or cache(op)}, {rows or e.name(op.operands[1])}, {scale}"
     if window is not None:
         arguments += f", window={window}"
     if "tree" in words:

@@ -10,15 +10,20 @@ from torch import Tensor
 
 SCALE = 4
 """Bytes of a scale."""
-MOST = 127
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., N] as int8 [..., N], and scales, float32 [...]: the largest magnitude is 127 of it."""
+    wide = x.float()
+    scales = wide.abs().amax(-1) / 127
+    divisors = scales.clamp(min=torch.finfo(torch.float32).tiny)
+    return (wide / divisors[..., None]).round_().to(torch.int8), scales
 
 
 def quantized(x: Tensor) -> Tensor:
-    """[..., D] of a float type to int8 [..., D + 4]: symmetric, the scale is the greatest magnitude / 127."""
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True) / MOST
-    numbers = (x / scale).round_().masked_fill_(scale == 0, 0).to(torch.int8)
-    return torch.cat([numbers, scale.view(torch.int8)], -1)
+    """[..., D] of a float type to int8 [..., D + 4]."""
+    numbers, scales = quantize(x)
+    return torch.cat([numbers, scales[..., None].view(torch.int8)], -1)
 
 
 def widened(packed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -29,9 +34,10 @@ def widened(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Int8:
-    """Keys or values of a layer, [blocks, block size, N, D + 4], as kernels in stock torch ask for [..., D] of `dtype`."""
+    """Keys or values of a layer, as kernels in stock torch ask for [blocks, block size, N, D] of a float type."""
 
     def __init__(self, packed: Tensor, dtype: torch.dtype):
+        """`packed`: int8 [blocks, block size, N, D + 4]."""
         self.packed, self.dtype = packed, dtype
         self.shape = (*packed.shape[:-1], packed.shape[-1] - SCALE)
 

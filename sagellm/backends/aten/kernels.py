@@ -2,8 +2,8 @@
 
 T tokens, H heads, G query heads a KV head, D head size, L cached tokens.
 
-KV cache of a layer: (keys, values), each [blocks, block size, KV heads, D], or `Int8` of that shape. Numbers that led here are in
-docs/performance.md.
+KV cache of a layer: (keys, values), each [blocks, block size, KV heads, D], or `Int8` of that shape. Numbers that led
+here are in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
 from sagellm.backends.aten.columns import AtenRows
-from sagellm.backends.aten.int8 import Int8, int8  # noqa: F401 - emitted text calls `aten.int8`
+from sagellm.backends.aten.int8 import Int8, int8, quantize  # noqa: F401 - emitted text calls `aten.int8`
 
 
 def embedding_part(tokens: Tensor, table: Tensor, rank: int) -> Tensor:
@@ -44,14 +44,6 @@ def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = x + y
     return total, rms_norm(total, weight, eps)
-
-
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, N] as int8 [T, N], and each token's scale, float32 [T]: its largest magnitude is 127 of it."""
-    wide = x.float()
-    scales = wide.abs().amax(-1) / 127
-    divisors = scales.clamp(min=torch.finfo(torch.float32).tiny)
-    return (wide / divisors[:, None]).round_().to(torch.int8), scales
 
 
 def rms_norm_quantize(norm: Callable, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -167,8 +167,9 @@ static void NAME(quantize)(const T *x, char *out, long d) {
     float scale;
     memcpy(&scale, &most, 4);
     scale /= 127;
+    float divisor = scale < FLT_MIN ? FLT_MIN : scale;
 #pragma omp simd
-    for (long i = 0; i < d; i++) out[i] = scale > 0 ? (int8_t)__builtin_rintf(UP(x[i]) / scale) : 0;
+    for (long i = 0; i < d; i++) out[i] = (int8_t)(int32_t)__builtin_rintf(UP(x[i]) / divisor);
     memcpy(out + d, &scale, 4);
 }
 

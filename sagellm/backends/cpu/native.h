@@ -1,4 +1,5 @@
 /* What the native kernels share: two types of numbers, and the exponential that a compiler vectorises. */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -85,7 +85,7 @@ def quantize(scope: ModelScope, op: nn.Quantize, x: Tensor) -> tuple[Tensor, Ten
 def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = x.float().abs().amax(dim=-1) / 127
     divisors = scales.clamp(min=torch.finfo(torch.float32).tiny)
-    return (x.float() / divisors[:, None]).round().to(torch.int8), scales
+    return (x.float() / divisors[..., None]).round().to(torch.int8), scales
 
 
 def rms_norm_quantize(scope: ModelScope, op: nn.RmsNormQuantize, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,8 +165,8 @@ def _append(
 
 def _through_int8(x: Tensor) -> Tensor:
     """[T, heads, D] as it comes back from an int8 cache, float32."""
-    scale = x.float().abs().amax(-1, keepdim=True) / 127
-    return torch.where(scale > 0, x.float() / scale, 0).round() * scale
+    numbers, scales = _quantized(x)
+    return numbers * scales[..., None]
 
 
 def rope_kv_write(
