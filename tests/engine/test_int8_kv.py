@@ -191,5 +191,5 @@ def test_a_graph_for_another_cache_is_refused(folder):
         planner.compiler.compile_model(forgot, ("prefill",))
     graph = build_model(planner.model, "float32", ("prefill",), "int8")
     del next(op for op in graph.walk() if op.name == "nn.attention").properties["kv_dtype"]
-    with pytest.raises(UserError, match="operations of one cache have kv_dtype .*; accepted: one"):
+    with pytest.raises(UserError, match=r"operations of one cache have kv_dtype .*; accepted: one"):
         planner.compiler.compile_model(graph, ("prefill",))
