@@ -56,6 +56,8 @@ class Compiler:
     ranks: int = 1
     """Ranks that run the model together."""
     topology: Topology = TOPOLOGIES["gloo"]
+    kv_dtype: str | None = None
+    """A small type that the cache holds keys and values in; None: as they are computed."""
     counts: CacheCounts = field(factory=CacheCounts)
     _steps: dict[tuple, CompiledStep] = field(factory=dict)
     _models: dict[tuple[tuple[str, ...], int], CompiledModel] = field(factory=dict)
@@ -93,7 +95,7 @@ class Compiler:
         size = bucket(tokens) if self.ranks > 1 else 0
         found = self._models.get((kinds, size))
         if found is None:
-            graph = build_model(self.config, self.dtype, kinds)
+            graph = build_model(self.config, self.dtype, kinds, self.kv_dtype)
             found = self._models[kinds, size] = self.compile_model(graph, kinds, size)
         return found
 
@@ -101,7 +103,7 @@ class Compiler:
         """The model without its head, which gives a vector for each sequence; compiled on first use."""
         found = self._embedders.get((kinds, pooling))
         if found is None:
-            graph = build_embedder(self.config, self.dtype, kinds, pooling)
+            graph = build_embedder(self.config, self.dtype, kinds, pooling, self.kv_dtype)
             found = self._embedders[kinds, pooling] = self.compile_model(graph, kinds)
         return found
 
@@ -111,6 +113,10 @@ class Compiler:
         """Run the model passes over a model graph, in place, and emit it."""
         context = self.context(tokens)
         self.pipeline.run(graph, "model", context, self.verify, phases)
+        if graph.kv_dtype != self.kv_dtype:
+            raise UserError(
+                f"pipeline {self.pipeline} leaves kv_dtype {graph.kv_dtype!r}; accepted: {self.kv_dtype!r}, the cache's"
+            )
         program = self.backend.emit(graph, f"{self.config.name} {'+'.join(kinds)}")
         return CompiledModel(graph, program, context.remarks)
 

@@ -16,7 +16,7 @@ from attrs.validators import optional
 from sagellm import checks
 from sagellm.documents import parse_yaml, read, unknown_key
 from sagellm.errors import UserError, unknown
-from sagellm.schemas import DTYPE_BYTES, FLOATS, KVCacheSchema, full_name
+from sagellm.schemas import DTYPE_BYTES, FLOATS, KV_SCALES, KVCacheSchema, full_name
 from sagellm.target import CapabilityDescriptor
 from sagellm.topology import TOPOLOGIES, find
 
@@ -164,12 +164,13 @@ def resolve_kv_schema(
     """The KV cache that is asked for, if this backend and this model can have it.
 
     `default` follows from the model and the settings; `activations` is the dtype that is computed in, which auto
-    means. Only dtype and block size are free: the other fields must be the default's. Raises `UserError`.
+    means. Only dtype and block size are free: the scales follow from the dtype, and the other fields must be the
+    default's. Raises `UserError`.
     """
     wanted = _asked(asked, default, activations)
     for name, value in asdict(wanted).items():
         fixed = getattr(default, name)
-        if name not in ("dtype", "block_size") and value != fixed:
+        if name not in ("dtype", "scale_dtype", "block_size") and value != fixed:
             raise UserError(f"{name} of the KV cache is {value!r}; accepted: {fixed!r}, as the model has it")
     backend = capability.backend
     if not capability.any_block_size and wanted.block_size not in capability.block_sizes:
@@ -180,7 +181,12 @@ def resolve_kv_schema(
             f"kv dtype {wanted.dtype!r} for {backend}; accepted: {', '.join(capability.kv_dtypes)}"
             f"{_what_it_has_instead(wanted.dtype, capability)}"
         )
-    if wanted.dtype != activations and not capability.mixed_kv:
+    if wanted.scale_dtype != KV_SCALES.get(wanted.dtype):
+        raise UserError(
+            f"scale_dtype of the KV cache is {wanted.scale_dtype!r} with dtype {wanted.dtype!r}; "
+            f"accepted: {KV_SCALES.get(wanted.dtype)!r}"
+        )
+    if wanted.dtype in FLOATS and wanted.dtype != activations and not capability.mixed_kv:
         raise UserError(
             f"kv dtype {wanted.dtype!r} with activations of dtype {activations!r} for {backend}; accepted: "
             f"{activations} (its kernels read no KV of another dtype), or another dtype for both"
@@ -205,7 +211,8 @@ def _asked(asked: Any, default: KVCacheSchema, activations: str) -> KVCacheSchem
     dtype = asked.get("dtype", default.dtype)
     if full_name(dtype) not in (AUTO, *DTYPE_BYTES):
         raise unknown("kv dtype", dtype, (AUTO, *DTYPE_BYTES))
-    return evolve(default, **{**asked, "dtype": activations if dtype == AUTO else dtype})
+    dtype = activations if dtype == AUTO else full_name(dtype)
+    return evolve(default, **{"scale_dtype": KV_SCALES.get(dtype), **asked, "dtype": dtype})
 
 
 def _what_it_has_instead(dtype: str, capability: CapabilityDescriptor) -> str:

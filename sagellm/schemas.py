@@ -18,6 +18,8 @@ DTYPE_BYTES = {
 """Bytes of one number. Two int4 share a byte."""
 FLOATS = ("float32", "bfloat16", "float16")
 """Types that activations are computed in."""
+KV_SCALES = {"int8": "float32"}
+"""Of keys and values in a small type that our kernels know: the type of their scales."""
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "fp8_e4m3"}
 SPARSITY_PATTERNS = ("none", "2:4", "block", "unstructured")
 WEIGHT_BITS = {
@@ -54,7 +56,10 @@ class KVCacheSchema(Document):
     scale_dtype: str | None = field(
         default=None, converter=full_name, validator=optional(checks.one_of(FLOATS))
     )
-    """Type of the scales, one for each token, head, key and value; None: the numbers are stored without scales."""
+    """Type of the scales, one for each token, head, key and value; None: the numbers are stored without scales.
+
+    A scale's bytes lie behind the `head_dim` numbers that it is for. int8 is symmetric: a number times its scale.
+    """
     layout: str = field(default="NHD", validator=checks.one_of(("NHD", "HND")))
     """Order inside a block: N tokens, H heads, D the head's dimension."""
 

@@ -127,7 +127,7 @@ class CapabilityDescriptor(Document):
     kv_dtypes: tuple[str, ...] = field(validator=checks.each(tuple, checks.one_of(DTYPE_BYTES)))
     """Types of keys and values, best first."""
     mixed_kv: bool = field(default=False, validator=checks.flag)
-    """Whether kernels read keys and values of another type than the activations'."""
+    """Whether kernels read keys and values of another float type than the activations'."""
     block_sizes: tuple[int, ...] = field(validator=checks.each(tuple, checks.whole()))
     """Tokens per KV block, preferred first."""
     any_block_size: bool = field(default=False, validator=checks.flag)

@@ -241,18 +241,32 @@ def test_block_size_and_dtype_are_free():
     assert resolve_kv_schema("auto", able, from_config, "bfloat16").dtype == "bfloat16"
 
 
+def test_int8_brings_its_scales_and_needs_no_activations_of_its_type():
+    wanted = evolve(DEFAULT, dtype="int8", scale_dtype="float32")
+    for asked in ("int8", {"dtype": "int8"}, wanted, wanted.to_dict()):
+        assert resolve_kv_schema(asked, CPU, DEFAULT, "bfloat16") == wanted
+    assert resolve_kv_schema({"block_size": 16}, CPU, wanted, "bfloat16") == wanted
+    assert resolve_kv_schema("auto", CPU, wanted, "bfloat16") == DEFAULT
+
+
 @pytest.mark.parametrize(
     ("asked", "capability", "message"),
     [
         (
             "fp8",
             CPU,
-            "kv dtype 'fp8_e4m3' for cpu; accepted: bfloat16, float32, float16 (this backend has no fp8)",
+            "kv dtype 'fp8_e4m3' for cpu; accepted: bfloat16, float32, float16, int8 (this backend has no fp8; it has "
+            "int8)",
         ),
         (
             "fp8",
             chip(kv_dtypes=("float16", "bfloat16", "int8")),
             "kv dtype 'fp8_e4m3' for chip; accepted: float16, bfloat16, int8 (this backend has no fp8; it has int8)",
+        ),
+        (
+            {"dtype": "int8", "scale_dtype": "fp16"},
+            CPU,
+            "scale_dtype of the KV cache is 'float16' with dtype 'int8'; accepted: 'float32'",
         ),
         (
             "fp8_e5m2",

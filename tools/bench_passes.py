@@ -3,6 +3,7 @@
     python tools/bench_passes.py attention     # decode attention over a shared beginning, beside contiguous SDPA
     python tools/bench_passes.py cascade       # a whole decode step of 0.5B shape with reading together, and without
     python tools/bench_passes.py fusion        # calls per layer and tokens a second, every model family
+    python tools/bench_passes.py int8          # a decode step over int8 keys and values, beside bfloat16
 
 Needs transformers (`pip install sagellm[test]`). Models of random weights are written to a temporary folder.
 """
@@ -25,6 +26,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sagellm.backends.aten import kernels
 from sagellm.backends.aten.columns import AtenRows
+from sagellm.backends.aten.int8 import int8 as int8_cache
+from sagellm.backends.aten.int8 import quantized
 from sagellm.backends.cpu import native
 from sagellm.batch import Request, SamplingParams
 from sagellm.config import EngineConfig
@@ -94,7 +97,7 @@ def main(threads: int) -> None:
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option("--pairs", type=int, default=9)
 def attention(rows, prefix, own, heads, kv_heads, head_dim, dtype, pairs) -> None:
-    """Attention alone, one layer: contiguous SDPA, stock torch over blocks, native, native reading together."""
+    """Attention alone, one layer: contiguous SDPA, stock torch over blocks, native, over int8, and reading together."""
     block, kind = 16, getattr(torch, dtype)
     shared, each = prefix // block, -(-own // block)
     order = np.random.default_rng(0).permutation(shared + rows * each) + 1
@@ -121,7 +124,7 @@ def attention(rows, prefix, own, heads, kv_heads, head_dim, dtype, pairs) -> Non
         x[torch.from_numpy(table)].flatten(1, 2)[:, :length].transpose(1, 2).contiguous() for x in kv.unbind()
     )
     grouped = q.view(rows, kv_heads, -1, head_dim)
-    cache = (kv[0], kv[1])
+    cache, small = (kv[0], kv[1]), int8_cache((quantized(kv[0]), quantized(kv[1])), kind)
     alone = native.decode_attention(q, cache, columns, scale).float()
     together = native.cascade_attention(q, cache, columns, scale).float()
     seconds = interleaved(
@@ -129,6 +132,7 @@ def attention(rows, prefix, own, heads, kv_heads, head_dim, dtype, pairs) -> Non
         sdpa=lambda: scaled_dot_product_attention(grouped, k, v, scale=scale),
         stock=lambda: kernels.decode_attention(q, cache, columns, scale),
         alone=lambda: native.decode_attention(q, cache, columns, scale),
+        int8=lambda: native.decode_attention(q, small, columns, scale),
         together=lambda: native.cascade_attention(q, cache, columns, scale),
     )
     flops = 4 * rows * heads * head_dim * length
@@ -138,6 +142,7 @@ def attention(rows, prefix, own, heads, kv_heads, head_dim, dtype, pairs) -> Non
             f"{name:<10}{statistics.median(times) * 1e3:>8.1f} ms{flops / best / 1e9:>8.1f} GFLOP/s at best"
         )
     click.echo(f"{ratio(seconds, 'sdpa', 'alone')}; {ratio(seconds, 'alone', 'together')}")
+    click.echo(ratio(seconds, "alone", "int8"))
     click.echo(f"largest difference {(alone - together).abs().max():.1e}")
 
 
@@ -211,6 +216,31 @@ def fusion(batches, tokens: int, pairs: int) -> None:
                 f"{family:<9}{batch:>5}{calls[0]:>7}{calls[1]:>7}{rates[0]:>9.1f}{rates[1]:>9.1f}  "
                 f"{ratio(seconds, 'plain', 'fused')}"
             )
+
+
+@main.command()
+@click.option("--rows", type=int, default=16)
+@click.option("--length", type=int, default=1800, help="Tokens of each prompt, which no rows share.")
+@click.option("--pairs", type=int, default=60)
+def int8(rows: int, length: int, pairs: int) -> None:
+    """Decode steps of the built-in model in bfloat16, over keys and values in bfloat16 and in int8."""
+    prompts = np.random.default_rng(0).integers(10, 4000, (rows, length)).tolist()
+    cores = {
+        kv: EngineCore(
+            EngineConfig(model="builtin", kv_dtype=kv, max_sequences=rows, pipeline=PLAIN, max_length=2048)
+        )
+        for kv in ("bfloat16", "int8")
+    }
+    for kv, core in cores.items():
+        click.echo(f"{kv:<10}{core.kv_schema.bytes_per_block // core.kv_schema.block_size:>6} bytes a token")
+        for row, prompt in enumerate(prompts):
+            core.submit(Request(str(row), prompt, SamplingParams(max_tokens=248, ignore_eos=True)))
+        while core.counters.forwarded < rows * length:
+            core.step()
+    seconds = interleaved(pairs, **{kv: core.step for kv, core in cores.items()})
+    for kv, times in seconds.items():
+        click.echo(f"{kv:<10}{statistics.median(times) * 1e3:>8.1f} ms a step of {rows} rows")
+    click.echo(ratio(seconds, "bfloat16", "int8"))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,8 @@ def verify(
                 yield Finding("constraints", name, folder is None, f"refused: {refusal}")
             else:
                 yield from _numbers(target, name, where, record)
+        if "int8" in backends.load(target).capability.kv_dtypes:
+            yield from _int8_cache(target, *next(iter(some.items())))
     yield from _operations(target)
     if not contract.calls:
         yield Finding("bind", "all", True, "no vendor calls: stock torch on the vendor's device")
@@ -148,6 +150,28 @@ def _numbers(target: str, name: str, folder: Path, record: stand_in.Record) -> I
     )
 
 
+def _int8_cache(target: str, name: str, folder: Path) -> Iterator[Finding]:
+    """One model over an int8 cache, in the backend's own type. Numbers at a rounding's edge fall to either side, so
+    that logits are near the CPU backend's and not equal."""
+    backend = backends.load(target)
+    own, size = backend.capability.dtypes[0], backend.capability.block_sizes[0]
+    try:
+        ours, theirs = (
+            scenario.run(where, folder, own, block_size=size, kv_dtype="int8") for where in (target, "cpu")
+        )
+    except stand_in.ContractBroken as error:
+        yield Finding(error.layer, name, False, str(error))
+        return
+    _, mean, count = scenario.worst(theirs, ours)
+    scale = max(float(logits.abs().max()) for logits in theirs.logits.values())
+    yield Finding(
+        "numbers",
+        name,
+        mean <= APART[own] * scale,
+        f"int8 KV cache: {count} logits {mean / scale:.1e} of the largest from the CPU backend's on average",
+    )
+
+
 def _operations(target: str) -> Iterator[Finding]:
     """Those that the models do not have, in float32 and in the backend's own type."""
     vendor = type(backends.load(target))
@@ -195,6 +219,11 @@ def verify_host_code(target: str, folder: Path | None = None) -> Iterator[Findin
                     f"{own}: {count} logits {mean / scale:.1e} of the largest apart on average, {distance / scale:.1e} "
                     "at most",
                 )  # fmt: skip
+            if "int8" in backend.capability.kv_dtypes:
+                seen.wrong.clear()
+                for finding in _int8_cache(target, *next(iter(some.items()))):
+                    yield Finding("trace", finding.model, finding.ok and not seen.wrong, finding.said)
+                wrong += seen.wrong
             seen.wrong.clear()
             distance, steps = _operations_alone(target, own)
             said = f"{own}: at most {distance:.1e} of the largest and {steps} steps of int8 apart"

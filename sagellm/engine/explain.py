@@ -69,7 +69,8 @@ def _functions(planner: Planner, block: Block, forward: b.Forward) -> IRGraph:
     """What the step calls: model and sampler, or the model without its head."""
     kinds, name = forward.rows.type.data, forward.model.root_reference.data
     if name != "model":
-        return build_embedder(planner.model, planner.dtype, kinds, name.removeprefix("embed_"))
+        pooling = name.removeprefix("embed_")
+        return build_embedder(planner.model, planner.dtype, kinds, pooling, planner.compiler.kv_dtype)
     stages = next(op.how.type.data for op in block.ops if isinstance(op, b.Sample))
     sampler = build_sampler(planner.model.vocab_size, stages)
-    return build_model(planner.model, planner.dtype, kinds).merged(sampler)
+    return build_model(planner.model, planner.dtype, kinds, planner.compiler.kv_dtype).merged(sampler)

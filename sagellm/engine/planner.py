@@ -28,7 +28,7 @@ from sagellm.passes.shard import Shard
 from sagellm.passes.speculative_branching import SpeculativeBranching
 from sagellm.runtime.kv import KVManager
 from sagellm.runtime.scheduler import Scheduler
-from sagellm.schemas import DTYPE_BYTES, KVCacheSchema
+from sagellm.schemas import DTYPE_BYTES, FLOATS, KV_SCALES, KVCacheSchema
 from sagellm.target import AttentionShape, StepCost
 
 ACROSS_RANKS = ("shard", "comm-compute-overlap")
@@ -55,8 +55,10 @@ class Planner:
         self.model = load_config(self.folder, config.model)
         self.dtype = self.model.dtype if config.dtype == AUTO else config.dtype
         self.backend.capability.check_dtype(self.dtype)
+        kept = self.dtype if config.kv_dtype == AUTO else config.kv_dtype
         default = KVCacheSchema(
-            dtype=self.dtype if config.kv_dtype == AUTO else config.kv_dtype,
+            dtype=kept,
+            scale_dtype=KV_SCALES.get(kept),
             block_size=config.block_size or self.backend.capability.block_sizes[0],
             num_layers=self.model.num_layers,
             num_kv_heads=self.model.num_kv_heads,
@@ -79,6 +81,7 @@ class Planner:
             config.verify,
             config.tensor_parallel,
             self.backend.topology if config.topology == AUTO else topology.find(config.topology),
+            None if self.kv_schema.dtype in FLOATS else self.kv_schema.dtype,
         )
         self.expected = expected_tensors(self.rank_program().graph)
         """The checkpoint's tensors that are read, with their shapes."""

@@ -22,7 +22,6 @@ from sagellm.backends.plan import Program
 from sagellm.backends.step import emit_step
 from sagellm.batch import MOST_DRAFTS, Batch, Columns
 from sagellm.compiler import expected_tensors
-from sagellm.config import KVCacheSchema
 from sagellm.engine.explain import explain
 from sagellm.engine.load import load_weights
 from sagellm.engine.planner import Planner
@@ -34,6 +33,7 @@ from sagellm.models.config import load_config
 from sagellm.models.hub import resolve
 from sagellm.runtime.executor import Executor, StepOutcome
 from sagellm.runtime.kv import KVManager
+from sagellm.schemas import KV_SCALES, KVCacheSchema
 
 if TYPE_CHECKING:
     from sagellm.engine.core import EngineCore
@@ -148,8 +148,10 @@ def replay(path: Path, target: str | None = None, model: str | None = None) -> R
         program, Checkpoint(folder), expected_tensors(functions), device=backend.capability.device
     )
     columns, batch = _columns(tensors, int(meta["block_size"]))
+    kept = functions.kv_dtype or meta["dtype"]
     schema = KVCacheSchema(
-        dtype=meta["dtype"],
+        dtype=kept,
+        scale_dtype=KV_SCALES.get(kept),
         block_size=columns.block_size,
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,

@@ -72,6 +72,17 @@ class IRGraph:
         """KV heads that one rank caches; 1 where nothing is cached."""
         return next((op.kv_heads.value.data for op in self.walk() if isinstance(op, nn.Attention)), 1)
 
+    @property
+    def kv_dtype(self) -> str | None:
+        """The small type that keys and values are cached in; None: as they are computed."""
+        touch = [op for op in self.walk() if isinstance(op, (nn.KvWrite, nn.RopeKvWrite, nn.Attention))]
+        found = {None if op.kv_dtype is None else op.kv_dtype.data for op in touch}
+        if len(found) > 1:
+            raise UserError(
+                f"operations of one cache have kv_dtype {', '.join(map(repr, found))}; accepted: one"
+            )
+        return next(iter(found), None)
+
     def clone(self) -> IRGraph:
         return IRGraph(self.module.clone())
 

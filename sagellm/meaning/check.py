@@ -84,7 +84,7 @@ def check_batch(planner: Planner, batch: Batch) -> str:
     """Check all passes of an engine on a batch about which they decided. Gives one line on what was compared."""
     pipeline, context = planner.pipeline, planner.compiler.context(bucket(batch.forwarded))
     phases = tuple(phase.name.lower() for phase in Phase if len(batch.rows(phase)))
-    model = build_model(planner.model, planner.dtype, phases)
+    model = build_model(planner.model, planner.dtype, phases, planner.compiler.kv_dtype)
     check_model_passes(model, pipeline, context)
     step = step_graph(lower(batch, vocab_size(model)))
     check_batch_passes(step, pipeline, context, batch, model)

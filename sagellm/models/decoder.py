@@ -53,21 +53,26 @@ def segments(config: ModelConfig) -> list[Segment]:
     return runs
 
 
-def build_model(config: ModelConfig, dtype: str, rows: tuple[str, ...]) -> IRGraph:
+def build_model(
+    config: ModelConfig, dtype: str, rows: tuple[str, ...], kv_dtype: str | None = None
+) -> IRGraph:
     """`@model` and the functions it calls, for rows of these kinds, with the weights program.
 
-    dtype is the type of weights and activations; logits are float32.
+    dtype is the type of weights and activations, and kv_dtype, where it is given, a small one of keys and values in the
+    cache; logits are float32.
     """
-    builder = _Builder(config, dtype, rows_type(*rows))
+    builder = _Builder(config, dtype, rows_type(*rows), kv_dtype)
     graph = IRGraph()
     for op in builder.build():
         graph.add(op)
     return graph
 
 
-def build_embedder(config: ModelConfig, dtype: str, rows: tuple[str, ...], pooling: str) -> IRGraph:
+def build_embedder(
+    config: ModelConfig, dtype: str, rows: tuple[str, ...], pooling: str, kv_dtype: str | None = None
+) -> IRGraph:
     """`@embed_<pooling>` and the functions it calls: the model without its head, and a vector for each sequence."""
-    builder = _Builder(config, dtype, rows_type(*rows), pooling)
+    builder = _Builder(config, dtype, rows_type(*rows), kv_dtype, pooling)
     graph = IRGraph()
     for op in builder.build():
         graph.add(op)
@@ -99,8 +104,10 @@ def build_sampler(vocab_size: int, stages: tuple[str, ...]) -> IRGraph:
 
 
 class _Builder:
-    def __init__(self, config: ModelConfig, dtype: str, rows: Attribute, pooling: str = ""):
-        self.c, self.dtype, self.rows, self.pooling = config, dtype, rows, pooling
+    def __init__(
+        self, config: ModelConfig, dtype: str, rows: Attribute, kv_dtype: str | None, pooling: str = ""
+    ):
+        self.c, self.dtype, self.rows, self.kv_dtype, self.pooling = config, dtype, rows, kv_dtype, pooling
         self.hidden = self.type(config.hidden_size)
         self.angles = tensor("float32", None, config.head_dim)
 
@@ -182,7 +189,7 @@ class _Builder:
             k = body(nn.RmsNorm, [k], k.type, weight="k_norm", eps=c.rms_norm_eps, heads=c.num_kv_heads)
             _name(q=q, k=k)
         q, k = body(nn.Rope, [q, k, angles], q.type, k.type, head_dim=c.head_dim)
-        body(nn.KvWrite, [k, v, rows], head_dim=c.head_dim)
+        body(nn.KvWrite, [k, v, rows], head_dim=c.head_dim, kv_dtype=self.kv_dtype)
         a = body(
             nn.Attention,
             [q, rows],
@@ -191,6 +198,7 @@ class _Builder:
             kv_heads=c.num_kv_heads,
             scale=c.head_dim**-0.5,
             window=run.window,
+            kv_dtype=self.kv_dtype,
         )
         o = linear(a, "o_proj", c.hidden_size, c.o_bias)
         x = body(nn.Add, [x, o], self.hidden)

@@ -216,7 +216,7 @@ class KernelFusion(Pass):
         fused = nn.RopeKvWrite.create(
             operands=[q, k, op.v, rope.angles, op.rows],
             result_types=[rope.q_out.type],
-            properties={"head_dim": op.head_dim, **given},
+            properties={"head_dim": op.head_dim, **given, **properties({"kv_dtype": op.kv_dtype})},
         )
         parts = ["rope", "kv_write"] if norms is None else ["q and k norm", "rope", "kv_write"]
         self.applied(context, op, f"{' + '.join(parts)} -> rope_kv_write")

@@ -37,7 +37,7 @@ class AscendBackend(TorchBackend):
             device=self.device,
             dtypes=dtypes,
             kernels=frozenset(self.kernels()),
-            kv_dtypes=dtypes,
+            kv_dtypes=(*dtypes, "int8"),
             block_sizes=chip.block_sizes.value.prefer,
             max_batch_size=4096,
             notes=(f"chip {self.chip}",),

@@ -92,6 +92,8 @@ def _rope(e: Emitter, op: Operation) -> str:
 def _kv_write(e: Emitter, op: Operation, call: str, more: str = "") -> str:
     k, v, rows = op.operands
     dim, at = e.value(op, "head_dim"), e.name(rows)
+    if "kv_dtype" in op.properties:
+        return f"aten.kv_write({aten.cache(op)}, {e.name(k)}, {e.name(v)}, {at}.aten)"
     shared = "shared" in rows.type.data
     source = f".index_select(0, {at}.kv_source)" if shared else ".contiguous()"
     keys, values = (aten.heads(e, x, dim) + source for x in (k, v))
@@ -105,6 +107,8 @@ def _kv_write(e: Emitter, op: Operation, call: str, more: str = "") -> str:
 
 def _attention(e: Emitter, op: Operation) -> str:
     """One call for all rows: tokens of sequence after sequence (TND) over the paged cache."""
+    if "kv_dtype" in op.properties:
+        return _stock_attention(e, op)
     q, rows = op.operands
     dim, kv_heads = e.value(op, "head_dim"), e.value(op, "kv_heads")
     heads, at, window = last_dim(q.type) // dim, e.name(rows), e.value(op, "window")
@@ -126,12 +130,14 @@ def _attention(e: Emitter, op: Operation) -> str:
     )
 
 
+def _stock_attention(e: Emitter, op: Operation, kv: str | None = None) -> str:
+    return aten.attention(e, op, lambda op: "aten", kv=kv, rows=f"{e.name(op.operands[1])}.aten")
+
+
 def _attention_over_nz(e: Emitter, op: Operation) -> str:
     """In stock torch: the pages of the paged attention name the chips of A2 and A3 alone."""
-    kv_heads = e.value(op, "kv_heads")
-    return aten.attention(
-        e, op, lambda op: "aten", kv=f"ascend.unfolded(kv, {kv_heads})", rows=f"{e.name(op.operands[1])}.aten"
-    )
+    nz = "kv_dtype" not in op.properties
+    return _stock_attention(e, op, f"ascend.unfolded(kv, {e.value(op, 'kv_heads')})" if nz else None)
 
 
 KERNELS: dict[str, Line] = aten.PARTS | {

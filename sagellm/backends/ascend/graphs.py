@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sagellm.backends.ascend.columns import AscendRows
 from sagellm.backends.aten.graphs import CapturedDecodes
 
@@ -14,6 +17,11 @@ class AscendDecodes(CapturedDecodes):
 
     graph = "NPUGraph"
     options = {"auto_dispatch_capture": True}
+
+    def __call__(self, weights: Any, cache: Any, rows: AscendRows) -> Tensor:
+        if cache[0][0].dtype is torch.int8:  # read by stock torch, whose columns are made for each step
+            return self._function(weights, cache, rows)
+        return super().__call__(weights, cache, rows)
 
     def launch(self, graph: Any, held: AscendRows) -> None:
         graph.replay()

@@ -18,6 +18,7 @@ from sagellm.backends.aten.paged import PagedRows
 from sagellm.backends.base import Backend
 from sagellm.backends.emit import Line, emit_program
 from sagellm.backends.plan import Program
+from sagellm.errors import UserError
 from sagellm.ir.graph import IRGraph
 from sagellm.rows import Rows
 from sagellm.schemas import KVCacheSchema
@@ -47,6 +48,9 @@ class TorchBackend(Backend):
         """First lines of the emitted text."""
 
     def emit(self, graph: IRGraph, name: str) -> Program:
+        if graph.kv_dtype is not None and graph.kv_dtype not in self.capability.kv_dtypes:
+            kept = ", ".join(self.capability.kv_dtypes)
+            raise UserError(f"kv_dtype {graph.kv_dtype!r} for {self.name}; accepted: {kept}")
         program = emit_program(graph, self.kernels(), self.loads(), self.header(name), name)
         if self.widened:
             return Program(
@@ -55,9 +59,11 @@ class TorchBackend(Backend):
         return program
 
     def make_cache(self, schema: KVCacheSchema, blocks: int) -> DeviceCache:
-        if self.widened:
+        if self.widened and schema.scale_dtype is None:
             schema = evolve(schema, dtype="float32")
-        return DeviceCache(schema, blocks, self.device, self.layout)
+        # int8 is read by stock torch on every device.
+        layout = self.layout if schema.scale_dtype is None else NHD
+        return DeviceCache(schema, blocks, self.device, layout)
 
     def put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -87,7 +93,7 @@ class StockOrVendor(TorchBackend):
             device=self.device,
             dtypes=dtypes,
             kernels=frozenset(self.kernels()),
-            kv_dtypes=dtypes,
+            kv_dtypes=dtypes if self.vendor_kernels else (*dtypes, "int8"),
             block_sizes=self.block_sizes,
             any_block_size=not self.vendor_kernels,
             notes=(f"chip {self.chip}", self.vendors if self.vendor_kernels else self.stock),

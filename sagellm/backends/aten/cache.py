@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sagellm.backends.aten.beside import CopiesBeside
+from sagellm.backends.aten.int8 import SCALE
 from sagellm.schemas import KVCacheSchema
 
 NHD, HND, NZ = "NHD", "HND", "NZ"
@@ -16,10 +17,12 @@ FRACTAL = 16
 
 
 class DeviceCache(list):
-    """(keys, values) of each layer, as views of one tensor."""
+    """(keys, values) of each layer, as views of one tensor. A scale lies behind its numbers: D + 4 bytes of int8."""
 
     def __init__(self, schema: KVCacheSchema, blocks: int, device: str = "cpu", layout: str = NHD):
         size, heads, dim = schema.block_size, schema.num_kv_heads, schema.head_dim
+        if schema.scale_dtype is not None:
+            dim += SCALE
         shape = {
             NHD: (size, heads, dim),
             HND: (heads, size, dim),

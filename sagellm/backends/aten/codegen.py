@@ -26,6 +26,15 @@ Module = Callable[[Operation], str]
 """The module whose kernel an operation calls, by its name in the emitted text."""
 
 
+def cache(op: Operation) -> str:
+    """The layer's keys and values as its kernels read and write them."""
+    return (
+        "kv"
+        if op.properties.get("kv_dtype") is None
+        else f"aten.int8(kv, {torch_dtype(op.operands[0].type)})"
+    )
+
+
 def heads(e: Emitter, value, head_dim: int) -> str:
     """[T, heads * head_dim] as [T, heads, head_dim]."""
     return f"{e.name(value)}.view(-1, {last_dim(value.type) // head_dim}, {head_dim})"
@@ -101,12 +110,13 @@ def template(text: str, module: Module = lambda op: "aten") -> Line:
     return line
 
 
-def attention(e: Emitter, op: Operation, module: Module, kv: str = "kv", rows: str | None = None) -> str:
+def attention(
+    e: Emitter, op: Operation, module: Module, kv: str | None = None, rows: str | None = None
+) -> str:
     """By the kinds of rows: each kind has a kernel of its own."""
     words, window = op.operands[1].type.data, e.value(op, "window")
-    arguments = (
-        f"{e.name(op.operands[0])}, {kv}, {rows or e.name(op.operands[1])}, {literal(e.value(op, 'scale'))}"
-    )
+    q, scale = e.name(op.operands[0]), literal(e.value(op, "scale"))
+    arguments = f"{q}, {kv or cache(op)}, {rows or e.name(op.operands[1])}, {scale}"
     if window is not None:
         arguments += f", window={window}"
     if "tree" in words:
@@ -141,7 +151,7 @@ def table(module: Module) -> dict[str, Line]:
         if "eps" in op.properties:
             norms = f", ({e.weight(op, 'q_norm')}, {e.weight(op, 'k_norm')}, {literal(e.value(op, 'eps'))})"
         arguments = f"{e.names_of(op.operands)}, {e.value(op, 'head_dim')}{norms}"
-        return f"{module(op)}.rope_kv_write(kv, {arguments})"
+        return f"{module(op)}.rope_kv_write({cache(op)}, {arguments})"
 
     def call(text: str) -> Line:
         return template(text, module)
@@ -165,7 +175,7 @@ def table(module: Module) -> dict[str, Line]:
         "nn.rope_gather": call("{w}.index_select(0, {0}.positions)"),
         "nn.rope_dynamic": rope_dynamic,
         "nn.rope": lambda e, op: f"{module(op)}.rope({e.names_of(op.operands)}, {e.value(op, 'head_dim')})",
-        "nn.kv_write": call("{m}.kv_write(kv, {0}, {1}, {2})"),
+        "nn.kv_write": lambda e, op: f"{module(op)}.kv_write({cache(op)}, {e.names_of(op.operands)})",
         "nn.rope_kv_write": rope_kv_write,
         "nn.attention": lambda e, op: attention(e, op, module),
         "nn.select_outputs": call("{0}.index_select(0, {1}.outputs)"),

@@ -2,8 +2,8 @@
 
 T tokens, H heads, G query heads a KV head, D head size, L cached tokens.
 
-KV cache of a layer: (keys, values), each [blocks, block size, KV heads, D]. Numbers that led here are in
-docs/performance.md.
+KV cache of a layer: (keys, values), each [blocks, block size, KV heads, D], or `Int8` of that shape. Numbers that led
+here are in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
 from sagellm.backends.aten.columns import AtenRows
+from sagellm.backends.aten.int8 import Int8, int8, quantize  # noqa: F401 - emitted text calls `aten.int8`
 
 
 def embedding_part(tokens: Tensor, table: Tensor, rank: int) -> Tensor:
@@ -43,14 +44,6 @@ def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = x + y
     return total, rms_norm(total, weight, eps)
-
-
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, N] as int8 [T, N], and each token's scale, float32 [T]: its largest magnitude is 127 of it."""
-    wide = x.float()
-    scales = wide.abs().amax(-1) / 127
-    divisors = scales.clamp(min=torch.finfo(torch.float32).tiny)
-    return (wide / divisors[:, None]).round_().to(torch.int8), scales
 
 
 def rms_norm_quantize(norm: Callable, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -88,10 +81,11 @@ def kv_write(kv: tuple[Tensor, Tensor], k: Tensor, v: Tensor, rows) -> None:
     """Write [T, KV heads * D] to the rows' slots; tokens that several sequences share go to several slots."""
     if rows.kv_source is not None:
         k, v = k[rows.kv_source], v[rows.kv_source]
-    keys, values = kv
-    width = keys.shape[2] * keys.shape[3]
-    keys.view(-1, width).index_copy_(0, rows.slots, k)
-    values.view(-1, width).index_copy_(0, rows.slots, v)
+    for cache, x in zip(kv, (k, v)):
+        if isinstance(cache, Int8):
+            cache.write(rows.slots, x)
+        else:
+            cache.view(-1, x.shape[1]).index_copy_(0, rows.slots, x)
 
 
 def rope_kv_write(

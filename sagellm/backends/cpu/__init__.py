@@ -41,7 +41,7 @@ class CpuBackend(Backend):
             device="cpu",
             dtypes=("bfloat16", "float32", "float16"),
             kernels=frozenset(KERNELS),
-            kv_dtypes=("bfloat16", "float32", "float16"),
+            kv_dtypes=("bfloat16", "float32", "float16", "int8"),
             block_sizes=(16, 32, 64, 128),
             any_block_size=True,
             linear_layouts=self._layouts(),

@@ -95,6 +95,13 @@ TILE(16, 16, 1, 8, 4)
 TILE(16, 8, 2, 6, 4)
 #endif
 
+/* The d numbers of a head in an int8 cache. */
+static inline void widen(const char *packed, float *out, long d) {
+    float scale;
+    memcpy(&scale, packed + d, SCALE);
+    for (long e = 0; e < d; e++) out[e] = ((const int8_t *)packed)[e] * scale;
+}
+
 #define T float
 #define NAME(f) f##_f32
 #define UP up_f32
@@ -116,33 +123,40 @@ TILE(16, 8, 2, 6, 4)
 #else
 
 /* `all` queries, in tiles of m, over the positions from .. to; from `context` on, `path` says where each lies. */
-static void NAME(walk)(const float *wide, float *o, float *max, float *sum, long all, long m, const T *keys,
-                       const T *values, const int64_t *table, long from, long to, long context, const int64_t *path,
-                       long head, long heads, long d, long block) {
+static void NAME(walk)(const float *wide, float *o, float *max, float *sum, long all, long m, const char *keys,
+                       const char *values, const int64_t *table, long from, long to, long context,
+                       const int64_t *path, long head, long heads, long d, long block, long int8) {
     void (*tile)(const float *, const float *const *, const float *const *, float *, float *, float *, long, long) =
         m == 4 ? tile4 : m == 8 ? tile8 : tile16;
     /* Many queries read each key many times: then a copy of the tile, in one piece, stays in the first-level cache.
      * In place, one head's keys lie as far apart as all heads take, and use a part of that cache's sets. */
-    int direct = DIRECT && all == m;
+    int direct = DIRECT && !int8 && all == m;
+    long each = int8 ? d + SCALE : d * (long)sizeof(T);
     float kept[2][direct ? 1 : KEYS * d];
     for (long at = from; at < to; at += KEYS) {
         const float *k[KEYS], *v[KEYS];
         long n = to - at < KEYS ? to - at : KEYS, ahead = to - at < 2 * KEYS ? to - at : 2 * KEYS;
         for (long i = 0; i < ahead; i++) {
             long place = at + i < context ? at + i : path[at + i - context];
-            long slot = ((table[place / block] * block + place % block) * heads + head) * d;
+            long line = ((table[place / block] * block + place % block) * heads + head) * each;
+            const char *key = keys + line, *value = values + line;
             if (i >= n) { /* the next tile: the processor does not guess what lies across blocks */
-                for (long e = 0; e < d; e += 64 / (long)sizeof(T)) {
-                    __builtin_prefetch(keys + slot + e);
-                    __builtin_prefetch(values + slot + e);
+                for (long e = 0; e < each; e += 64) {
+                    __builtin_prefetch(key + e);
+                    __builtin_prefetch(value + e);
                 }
                 continue;
             }
-            k[i] = (const float *)(keys + slot), v[i] = (const float *)(values + slot);
+            k[i] = (const float *)key, v[i] = (const float *)value;
             if (direct) continue;
-            for (long e = 0; e < d; e++) kept[0][i * d + e] = UP(keys[slot + e]);
-            for (long e = 0; e < d; e++) kept[1][i * d + e] = UP(values[slot + e]);
             k[i] = kept[0] + i * d, v[i] = kept[1] + i * d;
+            if (int8) {
+                widen(key, kept[0] + i * d, d);
+                widen(value, kept[1] + i * d, d);
+                continue;
+            }
+            for (long e = 0; e < d; e++) kept[0][i * d + e] = UP(((const T *)key)[e]);
+            for (long e = 0; e < d; e++) kept[1][i * d + e] = UP(((const T *)value)[e]);
         }
         for (long i = n; i < KEYS; i++) k[i] = k[0]; /* scores of these are not read */
         for (long j = 0; j < all; j += m) tile(wide + j * d, k, v, o + j * d, max + j, sum + j, n, d);
@@ -151,10 +165,10 @@ static void NAME(walk)(const float *wide, float *o, float *max, float *sum, long
 
 /* Queries first .. first + count of a part (query number: member * group + head of the group) over its positions. In a
  * tree (context >= 0) the members share the whole tiles of the context, and each sees behind them what `paths` says. */
-static void NAME(unit)(const T *q, long stride, const T *keys, const T *values, const int64_t *members,
+static void NAME(unit)(const T *q, long stride, const char *keys, const char *values, const int64_t *members,
                        const int64_t *table, long from, long to, long context, const int64_t *paths, long longest,
-                       long first, long count, long head, long heads, long group, long d, long block, float scale,
-                       float *out, float *lse) {
+                       long first, long count, long head, long heads, long group, long d, long block, long int8,
+                       float scale, float *out, float *lse) {
     long m = width(count), all = (count + m - 1) / m * m;
     float wide[d * all], o[d * all], max[QUERIES], sum[QUERIES]; /* [all / m][d][m] */
     for (long j = 0; j < all; j++) {
@@ -164,7 +178,8 @@ static void NAME(unit)(const T *q, long stride, const T *keys, const T *values, 
         for (long e = 0; e < d; e++) wide[at + e * m] = UP(x[e]) * scale, o[at + e * m] = 0;
     }
     long shared = context < 0 ? to : context < from ? from : from + (context - from) / KEYS * KEYS;
-    NAME(walk)(wide, o, max, sum, all, m, keys, values, table, from, shared, shared, 0, head, heads, d, block);
+    NAME(walk)(wide, o, max, sum, all, m, keys, values, table, from, shared, shared, 0, head, heads, d, block,
+               int8);
     for (long j = 0, n; context >= 0 && j < count; j += n) { /* the queries of one member */
         long own = group - (first + j) % group;
         n = own < count - j ? own : count - j;
@@ -180,7 +195,7 @@ static void NAME(unit)(const T *q, long stride, const T *keys, const T *values, 
             }
         }
         NAME(walk)(x, y, top, total, some, w, keys, values, table, shared, path[0], context, path + 1, head, heads, d,
-                   block);
+                   block, int8);
         for (long i = 0; i < n; i++) {
             long here = (j + i) / m * d * m + (j + i) % m, at = i / w * d * w + i % w;
             max[j + i] = top[i], sum[j + i] = total[i];
@@ -195,12 +210,12 @@ static void NAME(unit)(const T *q, long stride, const T *keys, const T *values, 
 }
 
 /* For every part, results `out` [members, heads * group, d] and `lse` [members, heads * group], float.
- * q: rows `stride` apart. parts [n][PARTS]: first member, members, row of the block table, positions from, to, and of a
- * tree its context, else -1; tables [rows, width]; paths [members, longest]: of a tree's node, the keys it sees, and
- * where those behind the context lie. */
-void NAME(attend)(const T *q, long stride, const T *keys, const T *values, const int64_t *members,
+ * q: rows `stride` apart; the cache holds T, or int8 with scales. parts [n][PARTS]: first member, members, row of the
+ * block table, positions from, to, and of a tree its context, else -1; tables [rows, width]; paths [members, longest]:
+ * of a tree's node, the keys it sees, and where those behind the context lie. */
+void NAME(attend)(const T *q, long stride, const char *keys, const char *values, const int64_t *members,
                   const int64_t *tables, long width, const int64_t *parts, const int64_t *paths, long longest, long n,
-                  long heads, long group, long d, long block, float scale, float *out, float *lse) {
+                  long heads, long group, long d, long block, long int8, float scale, float *out, float *lse) {
     long tiles = 0, work = 0, first[n + 1];
     for (long p = 0; p < n; p++) {
         long queries = parts[p * PARTS + 1] * group;
@@ -220,8 +235,8 @@ void NAME(attend)(const T *q, long stride, const T *keys, const T *values, const
         const int64_t *p = parts + low * PARTS;
         long begin = (tile - first[low]) * QUERIES, count = p[1] * group - begin;
         NAME(unit)(q, stride, keys, values, members + p[0], tables + p[2] * width, p[3], p[4], p[5],
-                   paths + p[0] * longest, longest, begin, count < QUERIES ? count : QUERIES, head, heads, group, d, block, scale,
-                   out + p[0] * heads * group * d, lse + p[0] * heads * group);
+                   paths + p[0] * longest, longest, begin, count < QUERIES ? count : QUERIES, head, heads, group, d, block,
+                   int8, scale, out + p[0] * heads * group * d, lse + p[0] * heads * group);
     }
 }
 

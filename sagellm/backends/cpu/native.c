@@ -153,29 +153,59 @@ static void NAME(turned)(const T *in, const T *w, float eps, const float *angles
     }
 }
 
-/* y = rotated q, contiguous; rotated k and v go to slots of the cache. Behind the rows' own slots, `copies` others get
- * what the row source[r] wrote. Norms may be null. */
-void NAME(rope_kv_write)(const T *q, long q_stride, const T *k, long k_stride, const T *v, long v_stride,
-                         const float *angles, const T *q_norm, const T *k_norm, float eps, T *y, T *keys, T *values,
-                         const int64_t *slots, const int64_t *source, long rows, long copies, long heads,
-                         long kv_heads, long d) {
-    long n = kv_heads * d;
-    for (long r = 0; r < rows; r++) {
-        for (long h = 0; h < heads; h++)
-            NAME(turned)(q + r * q_stride + h * d, q_norm, eps, angles + r * d, y + (r * heads + h) * d, d);
-        for (long h = 0; h < kv_heads; h++)
-            NAME(turned)(k + r * k_stride + h * d, k_norm, eps, angles + r * d, keys + slots[r] * n + h * d, d);
-        memcpy(values + slots[r] * n, v + r * v_stride, n * sizeof(T));
+/* The d numbers of a head as int8, and behind them their scale, which is the greatest magnitude / 127. */
+static void NAME(quantize)(const T *x, char *out, long d) {
+    uint32_t most = 0; /* as bits, in whose order NaN is the greatest */
+#pragma omp simd reduction(max : most)
+    for (long i = 0; i < d; i++) {
+        float f = UP(x[i]);
+        uint32_t bits;
+        memcpy(&bits, &f, 4);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
     }
-    for (long r = rows; r < rows + copies; r++) {
-        memcpy(keys + slots[r] * n, keys + slots[source[r]] * n, n * sizeof(T));
-        memcpy(values + slots[r] * n, values + slots[source[r]] * n, n * sizeof(T));
+    float scale;
+    memcpy(&scale, &most, 4);
+    scale /= 127;
+    float divisor = scale < FLT_MIN ? FLT_MIN : scale;
+#pragma omp simd
+    for (long i = 0; i < d; i++) out[i] = (int8_t)(int32_t)__builtin_rintf(UP(x[i]) / divisor);
+    memcpy(out + d, &scale, 4);
+}
+
+/* cache[slots[r]] = x[r]; rows of x are `stride` apart. The cache holds T, or int8 with scales. */
+void NAME(kv_write)(const T *x, long stride, char *cache, const int64_t *slots, long rows, long heads, long d,
+                    long int8) {
+    long n = heads * (int8 ? d + SCALE : d * (long)sizeof(T));
+    for (long r = 0; r < rows; r++) {
+        char *to = cache + slots[r] * n;
+        if (!int8) memcpy(to, x + r * stride, n);
+        for (long h = 0; int8 && h < heads; h++) NAME(quantize)(x + r * stride + h * d, to + h * (d + SCALE), d);
     }
 }
 
-/* cache[slots[r]] = x[r]; rows of x are `stride` apart, those of the cache n. */
-void NAME(kv_write)(const T *x, long stride, T *cache, const int64_t *slots, long rows, long n) {
-    for (long r = 0; r < rows; r++) memcpy(cache + slots[r] * n, x + r * stride, n * sizeof(T));
+/* y = rotated q, contiguous; rotated k and v go to slots of the cache, which holds T, or int8 with scales. Behind the
+ * rows' own slots, `copies` others get what the row source[r] wrote. Norms may be null. */
+void NAME(rope_kv_write)(const T *q, long q_stride, const T *k, long k_stride, const T *v, long v_stride,
+                         const float *angles, const T *q_norm, const T *k_norm, float eps, T *y, char *keys,
+                         char *values, const int64_t *slots, const int64_t *source, long rows, long copies, long heads,
+                         long kv_heads, long d, long int8) {
+    long each = int8 ? d + SCALE : d * (long)sizeof(T), n = kv_heads * each;
+    for (long r = 0; r < rows; r++) {
+        for (long h = 0; h < heads; h++)
+            NAME(turned)(q + r * q_stride + h * d, q_norm, eps, angles + r * d, y + (r * heads + h) * d, d);
+        T row[d];
+        for (long h = 0; h < kv_heads; h++) {
+            char *key = keys + slots[r] * n + h * each;
+            NAME(turned)(k + r * k_stride + h * d, k_norm, eps, angles + r * d, int8 ? row : (T *)key, d);
+            if (int8) NAME(quantize)(row, key, d);
+        }
+        NAME(kv_write)(v + r * v_stride, 0, values, slots + r, 1, kv_heads, d, int8);
+    }
+    for (long r = rows; r < rows + copies; r++) {
+        memcpy(keys + slots[r] * n, keys + slots[source[r]] * n, n);
+        memcpy(values + slots[r] * n, values + slots[source[r]] * n, n);
+    }
 }
 
 #endif

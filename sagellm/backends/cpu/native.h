@@ -1,9 +1,12 @@
 /* What the native kernels share: two types of numbers, and the exponential that a compiler vectorises. */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 typedef uint16_t bf16;
+
+#define SCALE 4 /* bytes of a scale, a float behind the int8 numbers of a head */
 
 static inline float up_bf16(bf16 v) {
     uint32_t bits = (uint32_t)v << 16;

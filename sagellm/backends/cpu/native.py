@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sagellm.backends.aten.columns import AtenRows, Parts
+from sagellm.backends.aten.int8 import Int8
 from sagellm.backends.cpu import packing
 from sagellm.backends.cpu.packing import Packed
 
@@ -43,10 +44,10 @@ SIGNATURES = {
     "add_rms_norm": (P, P, P, P, P, L, L, F),
     "silu_mul": (P, P, L, L),
     "rope": (P, L, P, P, L, L, L),
-    "kv_write": (P, L, P, P, L, L),
-    "rope_kv_write": (P, L, P, L, P, L, P, P, P, F, P, P, P, P, P, L, L, L, L, L),
+    "kv_write": (P, L, P, P, L, L, L, L),
+    "rope_kv_write": (P, L, P, L, P, L, P, P, P, F, P, P, P, P, P, L, L, L, L, L, L),
     "gemv": (P, P, P, P, L, L),
-    "attend": (P, L, P, P, P, P, L, P, P, L, L, L, L, L, L, F, P, P),
+    "attend": (P, L, P, P, P, P, L, P, P, L, L, L, L, L, L, L, F, P, P),
     "merge": (P, P, P, P, L, L, L),
     "linear": (P, P, P, P, L, L, L),
 }
@@ -178,14 +179,21 @@ def rope(q: Tensor, k: Tensor, angles: Tensor, head_dim: int) -> tuple[Tensor, T
     return turned[0], turned[1]
 
 
+def _memory(kv: tuple[Tensor, Tensor] | tuple[Int8, Int8]) -> tuple[int, int, bool]:
+    """Where keys and values lie, and whether they are int8 with scales."""
+    int8 = isinstance(kv[0], Int8)
+    keys, values = (x.packed if isinstance(x, Int8) else x for x in kv)
+    return keys.data_ptr(), values.data_ptr(), int8
+
+
 def kv_write(kv: tuple[Tensor, Tensor], k: Tensor, v: Tensor, rows) -> None:
     """[T, KV heads * D] to the rows' slots; tokens that several sequences share go to several slots."""
     if rows.kv_source is not None:
         k, v = k[rows.kv_source], v[rows.kv_source]
-    f, slots = _function("kv_write", k.dtype), rows.slots.data_ptr()
-    count, width = k.shape
-    f(k.data_ptr(), k.stride(0), kv[0].data_ptr(), slots, count, width)
-    f(v.data_ptr(), v.stride(0), kv[1].data_ptr(), slots, count, width)
+    f, slots, shape = _function("kv_write", k.dtype), rows.slots.data_ptr(), kv[0].shape[2:]
+    keys, values, int8 = _memory(kv)
+    f(k.data_ptr(), k.stride(0), keys, slots, len(k), *shape, int8)
+    f(v.data_ptr(), v.stride(0), values, slots, len(v), *shape, int8)
 
 
 def rope_kv_write(
@@ -205,10 +213,11 @@ def rope_kv_write(
         (None, None, 0.0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr(), norms[2])
     )
     source = None if rows.kv_source is None else rows.kv_source.data_ptr()
+    keys, values, int8 = _memory(kv)
     _function("rope_kv_write", q.dtype)(
         q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), angles.data_ptr(),
-        q_norm, k_norm, eps, y.data_ptr(), kv[0].data_ptr(), kv[1].data_ptr(), rows.slots.data_ptr(), source,
-        count, len(rows.slots) - count, width // head_dim, k.shape[1] // head_dim, head_dim,
+        q_norm, k_norm, eps, y.data_ptr(), keys, values, rows.slots.data_ptr(), source,
+        count, len(rows.slots) - count, width // head_dim, k.shape[1] // head_dim, head_dim, int8,
     )  # fmt: skip
     return y
 
@@ -261,16 +270,16 @@ def tree_attention(
 
 
 def _attend(q: Tensor, kv: tuple[Tensor, Tensor], rows: AtenRows, parts: Parts, scale: float) -> Tensor:
-    keys, values = kv
-    _, block_size, kv_heads, head_dim = keys.shape
+    _, block_size, kv_heads, head_dim = kv[0].shape
+    keys, values, int8 = _memory(kv)
     heads = q.shape[1] // head_dim
     out = torch.empty((len(parts.members), heads * head_dim), dtype=torch.float32)
     lse = torch.empty((len(parts.members), heads), dtype=torch.float32)
     _function("attend", q.dtype)(
-        q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), parts.members.data_ptr(),
+        q.data_ptr(), q.stride(0), keys, values, parts.members.data_ptr(),
         parts.blocks.data_ptr(), parts.blocks.shape[1], parts.table.data_ptr(), parts.paths.data_ptr(),
         parts.paths.shape[1], len(parts.table),
-        kv_heads, heads // kv_heads, head_dim, block_size, scale, out.data_ptr(), lse.data_ptr(),
+        kv_heads, heads // kv_heads, head_dim, block_size, int8, scale, out.data_ptr(), lse.data_ptr(),
     )  # fmt: skip
     if parts.other is None:
         return out.to(q.dtype)

@@ -29,7 +29,7 @@ class CudaBackend(TorchBackend):
             device=self.device,
             dtypes=DTYPES,
             kernels=frozenset(codegen.KERNELS),
-            kv_dtypes=DTYPES,
+            kv_dtypes=(*DTYPES, "int8"),
             block_sizes=(16, 32, 64, 128),
             any_block_size=True,
             notes=("stock torch; never run on a GPU",),

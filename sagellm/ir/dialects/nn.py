@@ -38,6 +38,7 @@ from xdsl.utils.exceptions import VerifyException
 
 from sagellm.ir.attrs import DTYPES, RowsType, SamplingType, dtype_name, last_dim, shape_of
 from sagellm.ir.syntax import SageOp
+from sagellm.schemas import KV_SCALES
 
 
 @irdl_op_definition
@@ -386,8 +387,22 @@ class Rope(SageOp):
     HINTS: ClassVar = ("q", "k")
 
 
+class _Caches(SageOp):
+    """`kv_dtype` says how the cache holds keys and values; without it, as they are.
+
+    int8: whole numbers from -127 to 127, symmetric, with a float32 scale for each token, head, key and value, which is
+    the greatest magnitude / 127. What is read is the number times its scale.
+    """
+
+    kv_dtype = opt_prop_def(StringAttr)
+
+    def verify_(self) -> None:
+        if self.kv_dtype is not None and self.kv_dtype.data not in KV_SCALES:
+            raise VerifyException(f"kv_dtype is {self.kv_dtype.data!r}; accepted: {', '.join(KV_SCALES)}")
+
+
 @irdl_op_definition
-class KvWrite(SageOp):
+class KvWrite(_Caches):
     """Write keys and values [T, heads * D] to the rows' slots of this layer's cache."""
 
     name = "nn.kv_write"
@@ -399,7 +414,7 @@ class KvWrite(SageOp):
 
 
 @irdl_op_definition
-class RopeKvWrite(SageOp):
+class RopeKvWrite(_Caches):
     """`nn.rope`, and `nn.kv_write` of the rotated keys and the values; gives the rotated queries.
 
     With `q_norm` and `k_norm`, each head is normalised before, as `nn.rms_norm` with `heads` does.
@@ -420,6 +435,7 @@ class RopeKvWrite(SageOp):
     HINTS: ClassVar = ("q",)
 
     def verify_(self) -> None:
+        super().verify_()
         if len({self.q_norm is None, self.k_norm is None, self.eps is None}) != 1:
             raise VerifyException("nn.rope_kv_write wants q_norm, k_norm and eps together, or none of them")
         if self.q.type != self.q_out.type or self.k.type != self.v.type:
@@ -427,7 +443,7 @@ class RopeKvWrite(SageOp):
 
 
 @irdl_op_definition
-class Attention(SageOp):
+class Attention(_Caches):
     """Causal attention of q [T, heads * D] over each row's cached keys and values; `window` limits how far back."""
 
     name = "nn.attention"

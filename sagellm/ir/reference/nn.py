@@ -85,7 +85,7 @@ def quantize(scope: ModelScope, op: nn.Quantize, x: Tensor) -> tuple[Tensor, Ten
 def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = x.float().abs().amax(dim=-1) / 127
     divisors = scales.clamp(min=torch.finfo(torch.float32).tiny)
-    return (x.float() / divisors[:, None]).round().to(torch.int8), scales
+    return (x.float() / divisors[..., None]).round().to(torch.int8), scales
 
 
 def rms_norm_quantize(scope: ModelScope, op: nn.RmsNormQuantize, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,11 +143,15 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def kv_write(scope: ModelScope, op: nn.KvWrite, k: Tensor, v: Tensor, rows: LogicalRows) -> None:
-    _append(scope, op.head_dim.value.data, k, v, rows)
+    _append(scope, op, k, v, rows)
 
 
-def _append(scope: ModelScope, head_dim: int, k: Tensor, v: Tensor, rows: LogicalRows) -> None:
-    k, v = (x.unflatten(-1, (-1, head_dim)) for x in (k, v))
+def _append(
+    scope: ModelScope, op: nn.KvWrite | nn.RopeKvWrite, k: Tensor, v: Tensor, rows: LogicalRows
+) -> None:
+    k, v = (x.unflatten(-1, (-1, op.head_dim.value.data)) for x in (k, v))
+    if op.kv_dtype is not None and not scope.exact:
+        k, v = _through_int8(k), _through_int8(v)
     for sequence, at in rows.parts():
         layers = scope.cache.setdefault(sequence.row, {})
         keys, values = layers.get(scope.kv_layer, (k[:0], v[:0]))
@@ -159,6 +163,12 @@ def _append(scope: ModelScope, head_dim: int, k: Tensor, v: Tensor, rows: Logica
         layers[scope.kv_layer] = torch.cat((keys, k[at])), torch.cat((values, v[at]))
 
 
+def _through_int8(x: Tensor) -> Tensor:
+    """[T, heads, D] as it comes back from an int8 cache, float32."""
+    numbers, scales = _quantized(x)
+    return numbers * scales[..., None]
+
+
 def rope_kv_write(
     scope: ModelScope, op: nn.RopeKvWrite, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, rows: LogicalRows
 ) -> Tensor:
@@ -168,7 +178,7 @@ def rope_kv_write(
             _normed(x.unflatten(-1, (-1, d)), scope.weight(weight), eps).reshape(x.shape)
             for x, weight in ((q, op.q_norm), (k, op.k_norm))
         )
-    _append(scope, op.head_dim.value.data, _rotated(k, angles), v, rows)
+    _append(scope, op, _rotated(k, angles), v, rows)
     return _rotated(q, angles)
 
 

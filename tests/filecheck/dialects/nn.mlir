@@ -66,6 +66,10 @@ builtin.module {
     // CHECK: %attn = nn.attention %q_2, %rows {head_dim = 4, kv_heads = 1, scale = 0.5, window = 16} : tensor<?x8xf32>
     // GENERIC: %attn = "nn.attention"(%q_2, %rows) <{head_dim = 4 : i64, kv_heads = 1 : i64, scale = 5.000000e-01 : f64, window = 16 : i64}> : (tensor<?x8xf32>, !batch.rows<decode, prefill>) -> tensor<?x8xf32>
     %attn = nn.attention %q_2, %rows {head_dim = 4, kv_heads = 1, scale = 0.5, window = 16} : tensor<?x8xf32>
+    // CHECK: nn.kv_write %k_1, %v, %rows {head_dim = 4, kv_dtype = int8}
+    nn.kv_write %k_1, %v, %rows {head_dim = 4, kv_dtype = int8}
+    // CHECK: %attn_1 = nn.attention %q_2, %rows {head_dim = 4, kv_dtype = int8, kv_heads = 1, scale = 0.5} : tensor<?x8xf32>
+    %attn_1 = nn.attention %q_2, %rows {head_dim = 4, kv_dtype = int8, kv_heads = 1, scale = 0.5} : tensor<?x8xf32>
     // CHECK: %x_1, %h_1 = nn.add_rms_norm %x, %attn, @mlp_norm {eps = 1.0e-06} : tensor<?x8xf32>, tensor<?x8xf32>
     // GENERIC: %x_1, %h_1 = "nn.add_rms_norm"(%x, %attn) <{weight = @mlp_norm, eps = 1.000000e-06 : f64}> : (tensor<?x8xf32>, tensor<?x8xf32>) -> (tensor<?x8xf32>, tensor<?x8xf32>)
     %x_1, %h_1 = nn.add_rms_norm %x, %attn, @mlp_norm {eps = 1.0e-06} : tensor<?x8xf32>, tensor<?x8xf32>

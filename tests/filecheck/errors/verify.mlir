@@ -128,3 +128,12 @@ builtin.module {
     nn.return %values, %scales
   }
 }
+
+// -----
+// CHECK: nn.kv_write (operation 1 of @kept): kv_dtype is 'int4'; accepted: int8
+builtin.module {
+  nn.func @kept(%k: tensor<?x4xf32>, %rows: !batch.rows<decode>) -> tensor<?x4xf32> {
+    nn.kv_write %k, %k, %rows {head_dim = 4, kv_dtype = int4}
+    nn.return %k
+  }
+}

@@ -184,6 +184,7 @@ builtin.module {
 // CHECK: applied at nn.kv_write (operation 4 of @normed): q and k norm + rope + kv_write -> rope_kv_write
 // CHECK-NEXT: applied at nn.kv_write (operation 4 of @other_eps): rope + kv_write -> rope_kv_write
 // CHECK-NEXT: declined at nn.kv_write (operation 2 of @read_elsewhere): what is rotated is read before it is written
+// CHECK-NEXT: applied at nn.kv_write (operation 2 of @int8): rope + kv_write -> rope_kv_write
 // CHECK: nn.func @normed
 // CHECK-NEXT: %q_1 = nn.rope_kv_write %q, %k, %v, %angles, %rows {eps = 1.0e-06, head_dim = 4, k_norm = @k_norm, q_norm = @q_norm} : tensor<?x8xf32>
 // CHECK-NEXT: nn.return %q_1
@@ -194,6 +195,8 @@ builtin.module {
 // CHECK: nn.func @read_elsewhere
 // CHECK-NEXT: nn.rope %
 // CHECK-NEXT: nn.kv_write
+// CHECK: nn.func @int8
+// CHECK-NEXT: nn.rope_kv_write {{.*}} {head_dim = 4, kv_dtype = int8}
 
 builtin.module {
   nn.func @normed(%q: tensor<?x8xf32>, %k: tensor<?x4xf32>, %v: tensor<?x4xf32>, %angles: tensor<?x4xf32>, %rows: !batch.rows<decode>) -> tensor<?x8xf32> {
@@ -214,6 +217,11 @@ builtin.module {
     %q_1, %k_1 = nn.rope %q, %k, %angles {head_dim = 4} : tensor<?x8xf32>, tensor<?x4xf32>
     nn.kv_write %k_1, %v, %rows {head_dim = 4}
     nn.return %q_1, %k_1
+  }
+  nn.func @int8(%q: tensor<?x8xf32>, %k: tensor<?x4xf32>, %v: tensor<?x4xf32>, %angles: tensor<?x4xf32>, %rows: !batch.rows<decode>) -> tensor<?x8xf32> {
+    %q_1, %k_1 = nn.rope %q, %k, %angles {head_dim = 4} : tensor<?x8xf32>, tensor<?x4xf32>
+    nn.kv_write %k_1, %v, %rows {head_dim = 4, kv_dtype = int8}
+    nn.return %q_1
   }
 }
 

@@ -38,3 +38,12 @@ nn.func @layer(%q: tensor<?x8xf32>, %rows: !batch.rows<decode, prefill, cascade,
   %attn = nn.attention %q, %rows {head_dim = 4, kv_heads = 1, scale = 0.5} : tensor<?x8xf32>
   nn.return %attn
 }
+// -----
+// An int8 cache is read and written through its scales, in the type of the activations.
+// CHECK: {{aten|native}}.kv_write(aten.int8(kv, torch.float32), k, v, rows)
+// CHECK-NEXT: attn = {{aten|native}}.decode_attention(q, aten.int8(kv, torch.float32), rows, 0.5)
+nn.func @layer(%q: tensor<?x8xf32>, %k: tensor<?x4xf32>, %v: tensor<?x4xf32>, %rows: !batch.rows<decode>) -> tensor<?x8xf32> {
+  nn.kv_write %k, %v, %rows {head_dim = 4, kv_dtype = int8}
+  %attn = nn.attention %q, %rows {head_dim = 4, kv_dtype = int8, kv_heads = 1, scale = 0.5} : tensor<?x8xf32>
+  nn.return %attn
+}
