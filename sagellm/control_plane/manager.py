@@ -19,9 +19,9 @@ from sagellm.control_plane import adapters
 from sagellm.control_plane.adapters.base import EngineOptions, ServerAdapter
 from sagellm.control_plane.calls import Call, call_of
 from sagellm.control_plane.endpoint import Endpoint, EngineLost, Reply
-from sagellm.control_plane.face import endpoint_of
+from sagellm.control_plane.face import endpoint_of, features_of
 from sagellm.control_plane.faults import Breaker, RetryBudget
-from sagellm.control_plane.features import ALL, ROUTES
+from sagellm.control_plane.features import ROUTES
 from sagellm.control_plane.launch import Launcher, LocalLauncher
 from sagellm.control_plane.registry import Registry
 from sagellm.control_plane.relay import Outcome, Relay
@@ -87,7 +87,7 @@ class Member:
         """Of requests that it can serve, as far as it is known now."""
         if self.info.engine_kind == "embedding":
             return frozenset({"embeddings"})
-        return getattr(self.engine, "FEATURES", ALL)
+        return features_of(self.engine)
 
     @property
     def longest(self) -> int | None:

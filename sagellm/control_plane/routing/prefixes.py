@@ -49,12 +49,15 @@ def read_prompt(path: str, body: Mapping[str, Any]) -> Prompt:
         return Prompt((), max(1, tokens), max(1, least))
     if path == "/v1/chat/completions":
         tools = body.get("tools")
-        pieces = [_text_of(message) for message in body.get("messages") or ()]
+        given = body.get("messages")
+        pieces = (
+            [_text_of(each) for each in given if isinstance(each, dict)] if isinstance(given, list) else []
+        )
         prompts = [_data("".join([str(tools), *pieces] if tools else pieces))]
     else:
         prompts = [_data(each) for each in _each(body.get("prompt"))]
     sizes = [_size(data) for data in prompts]
-    root = hash((path, body.get("model"), body.get("cache_salt")))
+    root = hash((path, body.get("model"), repr(body.get("cache_salt"))))
     return Prompt(
         _chain(root, prompts[0]) if prompts else (),
         max(1, sum(tokens for tokens, _ in sizes)),
@@ -75,8 +78,11 @@ def _each(given: Any) -> Sequence[Any]:
     return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
 
 
-def _data(prompt: str | Sequence[int]) -> bytes | Sequence[int]:
-    return prompt.encode(errors="surrogatepass") if isinstance(prompt, str) else prompt
+def _data(prompt: Any) -> bytes | Sequence[int]:
+    """What is no prompt is empty: refusing it is the engine's matter."""
+    if isinstance(prompt, str):
+        return prompt.encode(errors="surrogatepass")
+    return prompt if isinstance(prompt, list) else b""
 
 
 def _size(data: bytes | Sequence[int]) -> tuple[int, int]:
@@ -89,7 +95,10 @@ def _chain(root: int, data: bytes | Sequence[int]) -> tuple[int, ...]:
     chunks = []
     for at in range(0, len(data) - width + 1, width):
         piece = data[at : at + width]
-        root = hash((root, piece if isinstance(piece, bytes) else tuple(piece)))
+        try:
+            root = hash((root, piece if isinstance(piece, bytes) else tuple(piece)))
+        except TypeError:  # a list among token ids
+            break
         chunks.append(root)
     return tuple(chunks)
 

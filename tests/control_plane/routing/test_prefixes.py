@@ -73,6 +73,23 @@ def test_what_clients_send_besides_plain_text_does_no_harm():
     assert read_prompt(EMBED, {"input": ["x" * 400, "y" * 800]}) == ((), 200, 100)
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+    max_leaves=6,
+)
+FIELDS = ("messages", "prompt", "input", "tools", "cache_salt", "stop", "n")
+
+
+@pytest.mark.contract
+@examples(40)
+@given(st.sampled_from([CHAT, TEXT, EMBED]), st.dictionaries(st.sampled_from(FIELDS), JSON))
+def test_whatever_a_field_holds_the_request_can_be_routed(path, body):
+    """It is the engine that refuses it."""
+    ask = ask_of(path, body, RequestMetadata())
+    assert ask.prompt_tokens >= ask.least_tokens >= 1
+
+
 def test_an_ask_is_read_from_body_and_metadata():
     meta = RequestMetadata(
         request_id="r",
