@@ -169,16 +169,20 @@ class AppEndpoint(Endpoint):
                 if message.get("body"):
                     yield message["body"]
 
+        def forget() -> None:
+            while not said.empty():
+                said.get_nowait()
+
         async def close() -> None:
             """The application hears that the client is gone, as it would from a server."""
             gone.set()
             ends = asyncio.create_task(asyncio.wait([task], timeout=DISCONNECT_SECONDS))
             while not ends.done():
-                while not said.empty():
-                    said.get_nowait()
+                forget()
                 await asyncio.wait([ends], timeout=0.01)
             if not task.done():
                 task.cancel()
+            forget()
             said.put_nowait(EngineLost("the request was ended"))
 
         task = asyncio.create_task(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sagellm.control_plane.endpoint import AppEndpoint, Endpoint
+from sagellm.control_plane.features import ALL
 from sagellm.control_plane.remote import RemoteEngine
 from sagellm.engine.base import BaseInferenceEngine
 from sagellm.engine.engine import SageLLMEngine
@@ -22,3 +23,14 @@ def endpoint_of(engine: BaseInferenceEngine) -> Endpoint:
 
         return AppEndpoint(plain_app(engine))
     raise UserError(f"{engine!r} is no engine; accepted: a BaseInferenceEngine, or model_id, host and port")
+
+
+def features_of(engine: BaseInferenceEngine) -> frozenset[str]:
+    """Of requests, see `features.py`, that what `endpoint_of` gives can serve."""
+    if isinstance(engine, RemoteEngine):
+        return engine.FEATURES
+    if isinstance(engine, SageLLMEngine):
+        return ALL
+    from sagellm.control_plane.plain import FEATURES
+
+    return FEATURES

@@ -39,14 +39,18 @@ OPENAI = frozenset(
 """What is taken for granted where nothing but the API is known."""
 
 
+def asks(name: str, value: Any) -> bool:
+    """Whether a field with this value asks for anything."""
+    empty = value is None or value is False or value in ("", [], {})
+    return not empty and value not in ASKS_NOTHING.get(name, ())
+
+
 def needed(path: str, body: Mapping[str, Any]) -> frozenset[str]:
     """Features that a request to this route needs."""
     found = {ROUTES[path]} if path in ROUTES else set()
-    for name, feature in FIELDS.items():
-        value = body.get(name)
-        empty = value is None or value is False or value in ("", [], {})
-        if not empty and value not in ASKS_NOTHING.get(name, ()):
-            found.add(feature)
+    for name in FIELDS.keys() & body.keys():
+        if asks(name, body[name]):
+            found.add(FIELDS[name])
     given = body.get("prompt", body.get("input"))
     if isinstance(given, list) and given and not isinstance(given[0], str):
         found.add(TOKEN_IDS)

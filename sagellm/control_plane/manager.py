@@ -15,13 +15,13 @@ from attrs.validators import optional
 from pydantic_core import from_json
 
 from sagellm import checks
-from sagellm.control_plane import adapters, plain
+from sagellm.control_plane import adapters
 from sagellm.control_plane.adapters.base import EngineOptions, ServerAdapter
 from sagellm.control_plane.calls import Call, call_of
 from sagellm.control_plane.endpoint import Endpoint, EngineLost, Reply
-from sagellm.control_plane.face import endpoint_of
+from sagellm.control_plane.face import endpoint_of, features_of
 from sagellm.control_plane.faults import Breaker, RetryBudget
-from sagellm.control_plane.features import ALL, ROUTES
+from sagellm.control_plane.features import ROUTES
 from sagellm.control_plane.launch import Launcher, LocalLauncher
 from sagellm.control_plane.registry import Registry
 from sagellm.control_plane.relay import Outcome, Relay
@@ -31,7 +31,6 @@ from sagellm.control_plane.routing.fleet import Fleet
 from sagellm.control_plane.types import EngineInfo, RequestMetadata
 from sagellm.control_plane.waiting import WaitingRoom
 from sagellm.engine.base import BaseInferenceEngine, EngineState, Health
-from sagellm.engine.engine import SageLLMEngine
 from sagellm.engine.stats import EngineLoad
 from sagellm.errors import UserError, unknown
 
@@ -88,9 +87,7 @@ class Member:
         """Of requests that it can serve, as far as it is known now."""
         if self.info.engine_kind == "embedding":
             return frozenset({"embeddings"})
-        if isinstance(self.engine, RemoteEngine):
-            return self.engine.FEATURES
-        return ALL if isinstance(self.engine, SageLLMEngine) else plain.FEATURES
+        return features_of(self.engine)
 
     @property
     def longest(self) -> int | None:

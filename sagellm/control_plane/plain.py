@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from sagellm.batch import SamplingParams
-from sagellm.control_plane.features import ALL
+from sagellm.control_plane.features import FIELDS, ROUTES, TOKEN_IDS, asks
 from sagellm.engine.base import BaseInferenceEngine, GenerateRequest, GenerateResult
 from sagellm.errors import QueueFull, UserError
 from sagellm.server.errors import APIError, answer, body_of
@@ -23,10 +23,7 @@ from sagellm.server.errors import APIError, answer, body_of
 SAMPLING = {a.name for a in fields(SamplingParams)} - {"logprobs", "prompt_logprobs", "grammar"}
 IGNORED = {"model", "user", "stream_options", "metadata", "store"}
 """They do not change the output."""
-FEATURES = ALL - {
-    "tools", "grammar", "logprobs", "prompt_logprobs", "echo", "return_token_ids", "resume_token_ids"
-}  # fmt: skip
-"""Of requests that the interface can say."""
+FEATURES = frozenset(FIELDS.keys() & SAMPLING) | frozenset(ROUTES.values()) | {TOKEN_IDS}
 DONE = b"data: [DONE]\n\n"
 
 
@@ -140,7 +137,7 @@ async def _body(request: Request) -> dict[str, Any]:
 
 
 def _sampling(body: Mapping[str, Any], own: set[str]) -> SamplingParams:
-    given = {k: v for k, v in body.items() if v is not None and v is not False and k not in own | IGNORED}
+    given = {k: v for k, v in body.items() if k not in own | IGNORED and asks(k, v)}
     if (most := given.pop("max_completion_tokens", None)) is not None:
         given["max_tokens"] = most
     if unknown := sorted(set(given) - SAMPLING):

@@ -334,6 +334,8 @@ class RemoteEngine(BaseInferenceEngine):
 
     @contextmanager
     def _call(self, name: str) -> Iterator[_Call]:
+        if self._state in (EngineState.DRAINING, EngineState.STOPPED):
+            raise UserError(f"{self.engine_id} was stopped; accepted: requests before that")
         if name in self._calls:
             raise UserError(f"request id {name!r} is in use; accepted: a new one")
         self._calls[name] = call = _Call(name)

@@ -23,7 +23,10 @@ from sagellm.target import CapabilityDescriptor
 
 PROMPT = "Once upon a time"
 MESSAGES = [{"role": "user", "content": "Say something."}]
+CHECK_SECONDS = 120.0
 HEALTH_SECONDS = 3.0
+IDLE_SECONDS = 20.0
+"""Within which a server has noticed that its client is gone."""
 AT_ONCE = 8
 
 
@@ -62,14 +65,14 @@ class Suite:
 async def _one(check: Check, subject: Any) -> Result:
     began = time.perf_counter()
     try:
-        detail = await asyncio.wait_for(check(subject), 120)
+        detail = await asyncio.wait_for(check(subject), CHECK_SECONDS)
         outcome = "kept"
     except Skipped as why:
         outcome, detail = "not offered", str(why)
     except Broken as why:
         outcome, detail = "broken", str(why)
     except TimeoutError:
-        outcome, detail = "broken", "no answer within 120 s"
+        outcome, detail = "broken", f"no answer within {CHECK_SECONDS:g} s"
     except Exception as error:
         outcome, detail = "broken", f"{type(error).__name__}: {error}".splitlines()[0]
     return Result((check.__doc__ or "").strip(), outcome, detail or "", time.perf_counter() - began)
@@ -221,7 +224,8 @@ async def _refuses(engine: BaseInferenceEngine) -> str:
     longest = engine.get_capability().max_sequence_length
     if longest is None:
         raise Skipped("it tells no longest sequence")
-    beside = asyncio.ensure_future(engine.generate(GenerateRequest(prompt=PROMPT, sampling=_greedy())))  # type: ignore[arg-type]
+    beside = aiter(engine.stream(GenerateRequest(prompt=PROMPT, sampling=_greedy())))
+    last = await anext(beside)
     try:
         await engine.generate(GenerateRequest(prompt=[1] * (longest + 1), sampling=_greedy()))  # type: ignore[misc]
     except UserError as error:
@@ -230,7 +234,10 @@ async def _refuses(engine: BaseInferenceEngine) -> str:
     else:
         raise Broken("a prompt longer than the longest sequence was taken")
     finally:
-        await beside
+        last = [last, *[event async for event in beside]][-1]
+    require(
+        last.finish_reason in ("stop", "length"), f"a request beside it ended with {last.finish_reason!r}"
+    )
     return said[:80]
 
 
@@ -344,9 +351,9 @@ async def _gone(server: Server) -> str | None:
     text = (await reply.read()).decode(errors="replace")
     if reply.status != 200 or "running" not in text:
         raise Skipped("its metrics do not tell what runs")
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + IDLE_SECONDS
     while any(_running(text)):
-        require(time.monotonic() < limit, "it still runs 20 s later")
+        require(time.monotonic() < limit, f"it still runs {IDLE_SECONDS:g} s later")
         await asyncio.sleep(0.2)
         reply = await server.endpoint.send("GET", "/metrics", timeout=HEALTH_SECONDS)
         text = (await reply.read()).decode(errors="replace")
@@ -370,7 +377,7 @@ def load(place: str) -> BaseInferenceEngine:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{place!r} was not found ({error}); accepted: a URL, or module:object") from error
-    engine = found if isinstance(found, BaseInferenceEngine) else found()
+    engine = found() if callable(found) and not isinstance(found, BaseInferenceEngine) else found
     if not isinstance(engine, BaseInferenceEngine):
         raise UserError(f"{place!r} gives a {type(engine).__name__}; accepted: a BaseInferenceEngine")
     return engine
@@ -383,12 +390,19 @@ async def verify(engine: BaseInferenceEngine) -> list[Result]:
     if isinstance(engine, RemoteEngine):
         results += await SERVER.run(Server(engine.endpoint, engine.model_id))
     await engine.stop()
-    require_stopped = Suite((_stopped,))
-    return results + await require_stopped.run(engine)
+    return results + await STOPPED.run(engine)
 
 
-async def _stopped(engine: BaseInferenceEngine) -> str | None:
+async def _stopped(engine: BaseInferenceEngine) -> str:
     """After stop() it is STOPPED and takes nothing."""
     require(engine.state is EngineState.STOPPED, f"state {engine.state}")
     health = await engine.health()
     require(not health.ready, "health says that it is ready")
+    try:
+        await engine.generate(GenerateRequest(prompt=PROMPT, sampling=_greedy()))  # type: ignore[misc]
+    except UserError as error:
+        return str(error)[:80]
+    raise Broken("a request was taken")
+
+
+STOPPED = Suite((_stopped,))
