@@ -49,7 +49,10 @@ class KVCache(Protocol):
         """Forget what these blocks held, as they go to another sequence."""
 
     def read(self, blocks: np.ndarray) -> Tensor:
-        """Keys and values of these blocks in host memory: [blocks, layers, 2, block_size, heads, head_dim]."""
+        """Keys and values of these blocks in host memory: [blocks, layers, 2, block_size, heads, head_dim].
+
+        In int8 the last dimension is bytes: head_dim numbers, and their float32 scale.
+        """
         ...
 
     def write(self, blocks: np.ndarray, values: Tensor) -> None:

@@ -41,6 +41,8 @@ def test_what_is_emitted_passes_all_layers(target, family, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if not line.startswith("Warning")]
     assert all(line.startswith("ok ") for line in lines)
+    if "int8" in backends.load(target).capability.kv_dtypes:
+        assert any("int8 KV cache" in line for line in lines)
     contract = backends.load(target).contract
     layers = {"bind", "numbers"} | ({"constraints"} if contract.calls else set())
     assert {line.split()[1] for line in lines} >= layers | (
