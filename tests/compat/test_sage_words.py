@@ -42,10 +42,12 @@ def free_port():
 
 
 @contextmanager
-def gateway(folder, *words):
+def gateway(folder, site=None):
     """A control plane on a port of its own, which everyone who asks for the default finds."""
     env = environment(SAGELLM_PORT_GATEWAY=str(free_port()), SAGELLM_STATE=str(folder))
-    command = [sys.executable, "-m", "sagellm", "gateway", *words]
+    if site is not None:
+        env["PYTHONPATH"] = os.pathsep.join([str(site), env["PYTHONPATH"]])
+    command = [sys.executable, "-m", "sagellm", "gateway"]
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=folder)
     try:
         assert process.stderr is not None
@@ -97,8 +99,34 @@ def test_a_manager_and_an_engine_by_the_names_of_sage():
     assert found.stdout == "sagellm builtin sagellm\n", found.stderr
 
 
+ON_ASCEND = """
+from sagellm.conformance.fake_cann.build import Unavailable
+from sagellm.conformance.fake_cann.load import fake_ascend
+try:
+    stand_in = fake_ascend()
+    stand_in.__enter__()
+except Unavailable as why:
+    import sys
+    print("not here:", why)
+    sys.exit(77)
+"""
+"""An Ascend 910B whose CANN is a stand-in; the rest, torch_npu's host code too, is real."""
+
+
+def on_ascend(text):
+    found = python(ON_ASCEND + text, SAGELLM_MODEL="builtin")
+    if found.returncode == 77:
+        pytest.skip(found.stdout)
+    return found
+
+
+def said(found):
+    """Without what torch_npu prints when it is imported."""
+    return [line for line in found.stdout.splitlines() if not line.startswith("Warning: ASCEND")]
+
+
 def test_a_chip_without_fp8_says_what_it_can_do():
-    found = python(
+    found = on_ascend(
         "from sage.llm.engines.sagellm import SageLLMEngine\n"
         "from sagellm.errors import UserError\n"
         "try:\n"
@@ -106,7 +134,40 @@ def test_a_chip_without_fp8_says_what_it_can_do():
         "except UserError as error:\n"
         "    print(error)\n"
     )
-    assert len(found.stdout.splitlines()) == 1, found.stderr
+    (line,) = said(found)
+    assert "it has int8" in line
+
+
+def test_it_serves_with_int8():
+    found = on_ascend(
+        "from sage.llm import UnifiedInferenceClient\n"
+        "from sage.llm.control_plane import ControlPlaneManager\n"
+        "from sage.llm.engines.sagellm import SageLLMEngine\n"
+        "manager = ControlPlaneManager()\n"
+        'engine = SageLLMEngine(model="builtin", device="ascend", kv_schema="int8", max_length=256)\n'
+        'manager.register_engine("sagellm", engine)\n'
+        "client = UnifiedInferenceClient.create(manager=manager)\n"
+        'answer = client.chat([{"role": "user", "content": "你好"}], max_tokens=4)\n'
+        'print(answer["choices"][0]["message"]["role"], engine.get_capability().backend, engine.get_kv_schema().dtype)\n'
+    )
+    assert said(found) == ["assistant ascend int8"], found.stderr
+
+
+def test_the_command_starts_an_engine_for_ascend(tmp_path):
+    """The engine's process finds the stand-in as it starts."""
+    on_ascend("pass")
+    begin = "".join(f"    {line}\n" for line in ON_ASCEND.splitlines())
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nif 'serve' in sys.orig_argv:\n{begin}")
+    with gateway(tmp_path, site=tmp_path) as env:
+        started = sage(
+            "llm", "engine", "start", "builtin", "--engine-kind", "sagellm", "--device", "ascend",
+            "--extra=--core", "--extra=inline", "--max-model-len", "128", **env,
+        )  # fmt: skip
+        assert started.returncode == 0, started.stderr
+        logs = sage("llm", "engine", "logs", "sagellm-1", **env).stdout
+        assert "ready: builtin on ascend at" in logs
+        assert sage("infer", "你好", "-n", "4", **env).returncode == 0
+        assert sage("llm", "engine", "stop", "sagellm-1", **env).returncode == 0
 
 
 @pytest.mark.parametrize(
