@@ -13,6 +13,8 @@ from sagellm.control_plane.routing.fleet import Fleet
 from sagellm.control_plane.routing.prefixes import PrefixTable, chunks_of, read_prompt
 from sagellm.control_plane.types import RequestMetadata, RequestType
 
+pytestmark = pytest.mark.contract
+
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
 
@@ -81,7 +83,6 @@ JSON = st.recursive(
 FIELDS = ("messages", "prompt", "input", "tools", "cache_salt", "stop", "n")
 
 
-@pytest.mark.contract
 @examples(40)
 @given(st.sampled_from([CHAT, TEXT, EMBED]), st.dictionaries(st.sampled_from(FIELDS), JSON))
 def test_whatever_a_field_holds_the_request_can_be_routed(path, body):
