@@ -4,20 +4,25 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= Once upon a time
 
-.PHONY: run test lint unit test-long bench clean
+.PHONY: run test lint contract unit test-long bench clean
 
 run: $(VENV)/.run
 	$(BIN)/sagellm run "$(PROMPT)" --max-tokens 64
 
-test: lint unit
+test: lint contract unit
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-unit: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 tests examples
+contract: $(VENV)/.test
+	mkdir -p build
+	$(BIN)/python -m pytest -m contract tests --cov --cov-report=json:build/contract.json
+	$(BIN)/python tools/covered.py build/contract.json 90
+
+unit: $(VENV)/.test  # what `contract` leaves
+	$(BIN)/python -m pytest -n 2 -m "not contract" tests examples
 
 test-long: $(VENV)/.test
 	$(BIN)/python -m pip install -q -e ".[ray]"

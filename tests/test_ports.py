@@ -5,6 +5,8 @@ import pytest
 from sagellm.errors import UserError
 from sagellm.ports import SagePorts
 
+pytestmark = pytest.mark.contract
+
 
 def test_the_environment_goes_before_the_defaults():
     assert SagePorts.load({}) == SagePorts()

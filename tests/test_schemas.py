@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples
 
-from sagellm import backends
+from sagellm import backends, documents
 from sagellm.errors import UserError
 from sagellm.schemas import (
     DTYPE_BYTES,
@@ -21,6 +21,8 @@ from sagellm.schemas import (
     SpeculativeConfig,
 )
 from sagellm.target import INSTANCE_TYPES, CapabilityDescriptor, Figure
+
+pytestmark = pytest.mark.contract
 
 COUNT = st.integers(1, 2**40)
 TEXT = st.text(min_size=1)
@@ -289,3 +291,21 @@ def test_nothing_but_one_line_comes_of_texts_that_are_no_document(text):
         with pytest.raises(UserError) as error:
             read(text)
         assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_document_is_read_from_a_file(tmp_path):
+    for name, text in (("a.yaml", "b: 1"), ("a.yml", "b: 1"), ("a.json", '{"b": 1}')):
+        (tmp_path / name).write_text(text)
+        assert documents.read(tmp_path / name) == {"b": 1}
+    (tmp_path / "latin.json").write_bytes(b"\xff")
+    for name, said in (
+        ("a.txt", "accepted: a file that ends in .yaml"),
+        ("none.yaml", "No such"),
+        ("latin.json", "utf-8"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            documents.read(tmp_path / name)
+        assert "\n" not in str(error.value)
+    for read, text in ((documents.parse_json, '{"a": 1, "a": 2}'), (documents.parse_yaml, "a: 1\na: 2")):
+        with pytest.raises(UserError, match="'a' is given twice"):
+            read(text, "it")

@@ -56,6 +56,7 @@ def meaning(kind, **values):
     return on_ranks(RANKS, work)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("name", comm.COLLECTIVES)
@@ -74,11 +75,13 @@ def test_a_collective_has_its_meaning_and_leaves_its_input_alone(together, name,
             assert torch.equal(result, expected[rank].to(dtype))
 
 
+@pytest.mark.contract
 def test_tensors_without_rows_need_no_network(together):
     for found in together(lambda gloo: gloo.all_gather(bring(gloo.rank, rows=0), dim=1)):
         assert found.shape == (0, 12)
 
 
+@pytest.mark.contract
 def test_neighbours_pass_their_tensors_around_the_end(together):
     def work(gloo):
         gloo.send(bring(gloo.rank), 1)
@@ -102,6 +105,7 @@ def test_the_meaning_of_neighbours_is_the_same():
         assert torch.equal(found, bring((rank - 1) % RANKS))
 
 
+@pytest.mark.contract
 def test_a_rank_that_does_not_come_is_lost():
     store = open_store(RANKS)
     with pytest.raises(RankLost, match="rank 0 cannot meet the others"):

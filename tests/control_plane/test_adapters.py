@@ -22,6 +22,8 @@ from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.engine.base import EngineState, GenerateRequest
 from sagellm.errors import UserError
 
+pytestmark = pytest.mark.contract
+
 KINDS = {"lmdeploy": servers.lmdeploy, "chitu": servers.chitu}
 
 

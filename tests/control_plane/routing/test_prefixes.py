@@ -13,6 +13,8 @@ from sagellm.control_plane.routing.fleet import Fleet
 from sagellm.control_plane.routing.prefixes import PrefixTable, chunks_of, read_prompt
 from sagellm.control_plane.types import RequestMetadata, RequestType
 
+pytestmark = pytest.mark.contract
+
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
 
