@@ -113,49 +113,44 @@ except Unavailable as why:
 """An Ascend 910B whose CANN is a stand-in; the rest, torch_npu's host code too, is real."""
 
 
-def on_ascend(text):
-    found = python(ON_ASCEND + text, SAGELLM_MODEL="builtin")
+SNIPPET = """
+from sage.llm import UnifiedInferenceClient
+from sage.llm.control_plane import ControlPlaneManager
+from sage.llm.engines.sagellm import SageLLMEngine
+from sagellm.errors import UserError
+
+try:
+    SageLLMEngine(model="builtin", device="ascend", kv_schema="fp8")
+except UserError as error:
+    print("refused:", error)
+manager = ControlPlaneManager()
+engine = SageLLMEngine(model="builtin", device="ascend", kv_schema="int8", max_length=256)
+manager.register_engine("sagellm", engine)
+client = UnifiedInferenceClient.create(manager=manager)
+answer = client.chat([{"role": "user", "content": "你好"}], max_tokens=4)
+backend, dtype = engine.get_capability().backend, engine.get_kv_schema().dtype
+print("answered:", answer["choices"][0]["message"]["role"], backend, dtype)
+"""
+
+
+@pytest.fixture(scope="module")
+def on_ascend():
+    """What the snippet prints there, without what torch_npu prints when it is imported."""
+    found = python(ON_ASCEND + SNIPPET)
     if found.returncode == 77:
         pytest.skip(found.stdout)
-    return found
-
-
-def said(found):
-    """Without what torch_npu prints when it is imported."""
+    assert found.returncode == 0, found.stderr
     return [line for line in found.stdout.splitlines() if not line.startswith("Warning: ASCEND")]
 
 
-def test_a_chip_without_fp8_says_what_it_can_do():
-    found = on_ascend(
-        "from sage.llm.engines.sagellm import SageLLMEngine\n"
-        "from sagellm.errors import UserError\n"
-        "try:\n"
-        '    SageLLMEngine(model="builtin", device="ascend", kv_schema="fp8")\n'
-        "except UserError as error:\n"
-        "    print(error)\n"
-    )
-    (line,) = said(found)
-    assert "it has int8" in line
+def test_a_chip_without_fp8_says_what_it_can_do_and_serves_with_that(on_ascend):
+    refused, answered = on_ascend
+    assert refused.startswith("refused: kv dtype 'fp8_e4m3' for ascend") and "it has int8" in refused
+    assert answered == "answered: assistant ascend int8"
 
 
-def test_it_serves_with_int8():
-    found = on_ascend(
-        "from sage.llm import UnifiedInferenceClient\n"
-        "from sage.llm.control_plane import ControlPlaneManager\n"
-        "from sage.llm.engines.sagellm import SageLLMEngine\n"
-        "manager = ControlPlaneManager()\n"
-        'engine = SageLLMEngine(model="builtin", device="ascend", kv_schema="int8", max_length=256)\n'
-        'manager.register_engine("sagellm", engine)\n'
-        "client = UnifiedInferenceClient.create(manager=manager)\n"
-        'answer = client.chat([{"role": "user", "content": "你好"}], max_tokens=4)\n'
-        'print(answer["choices"][0]["message"]["role"], engine.get_capability().backend, engine.get_kv_schema().dtype)\n'
-    )
-    assert said(found) == ["assistant ascend int8"], found.stderr
-
-
-def test_the_command_starts_an_engine_for_ascend(tmp_path):
+def test_the_command_starts_an_engine_for_ascend(on_ascend, tmp_path):
     """The engine's process finds the stand-in as it starts."""
-    on_ascend("pass")
     begin = "".join(f"    {line}\n" for line in ON_ASCEND.splitlines())
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nif 'serve' in sys.orig_argv:\n{begin}")
     with gateway(tmp_path, site=tmp_path) as env:
