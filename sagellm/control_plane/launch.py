@@ -54,8 +54,8 @@ class Launcher(ABC):
         """A machine that has so many of these devices free. Raises UserError where there is none."""
 
     @abstractmethod
-    def adopt(self, pid: int, log: Path) -> Launched | None:
-        """A process that an earlier launcher of this kind had started, if it goes on."""
+    def adopt(self, pid: int, port: int, log: Path) -> Launched | None:
+        """A process that an earlier launcher of this kind had started for a server on this port, if it goes on."""
 
 
 class LocalProcess(Launched):
@@ -118,8 +118,12 @@ class LocalLauncher(Launcher, Place):
             )
         return LocalProcess(process.pid, log, process)
 
-    def adopt(self, pid, log) -> Launched | None:
-        return LocalProcess(pid, log) if _runs(pid) else None
+    def adopt(self, pid, port, log) -> Launched | None:
+        try:  # the number may be another process's by now
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return None
+        return LocalProcess(pid, log) if str(port).encode() in words else None
 
     async def free_port(self) -> int:
         with socket.socket() as found:

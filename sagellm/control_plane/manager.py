@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,8 @@ from sagellm.control_plane.waiting import WaitingRoom
 from sagellm.engine.base import BaseInferenceEngine, EngineState, Health
 from sagellm.engine.stats import EngineLoad
 from sagellm.errors import UserError, unknown
+
+log = logging.getLogger(__name__)
 
 LOST_AFTER = 3
 """Probes in a row that nobody answers, after which an engine counts as lost."""
@@ -150,7 +153,7 @@ class ControlPlaneManager:
         assert info.address is not None
         member = self._attach(info, info.metadata.get("api_key"))
         if isinstance(member.engine, ServerAdapter) and (pid := info.metadata.get("pid")):
-            member.engine.adopt(self.launcher, int(pid), self._log(info.engine_id))
+            member.engine.adopt(self.launcher, int(pid), info.port, self._log(info.engine_id))
 
     async def stop(self, drain_s: float = 30) -> None:
         """End: requests may go on for so long; engines that were started here end, others go on."""
@@ -183,6 +186,7 @@ class ControlPlaneManager:
         if engine_id in self.members:
             raise UserError(f"engine id {engine_id!r} is in use; accepted: a new one")
         facts = dict(metadata or {})
+        _check_facts(facts)
         if isinstance(model_id, str):
             if host is None or port is None:
                 raise UserError("host and port are missing; accepted: both, or an engine object")
@@ -239,10 +243,10 @@ class ControlPlaneManager:
             device=str(device),
             features=member.features,
             max_length=capability.max_sequence_length if capability else None,
-            max_concurrent=facts.get("max_concurrent", self.config.max_concurrent),
+            max_concurrent=facts.get("max_concurrent") or self.config.max_concurrent,
             cost_per_token=facts.get("cost_per_token"),
             labels={str(name): str(value) for name, value in (facts.get("labels") or {}).items()},
-            ranks=int(facts.get("tensor_parallel", 1)),
+            ranks=facts.get("tensor_parallel") or 1,
             kv_tokens=capability.kv_cache_capacity if capability else None,
         )
         self._tell_state(member)
@@ -301,7 +305,11 @@ class ControlPlaneManager:
 
     async def _probes(self, member: Member) -> None:
         while True:
-            await self.probe(member)
+            try:
+                await self.probe(member)
+            except Exception as error:  # whatever a stranger's server answers, it is asked again
+                log.exception("the probe of %s failed", member.info.engine_id)
+                self._answered(member, Health(EngineState.ERROR, f"{type(error).__name__}: {error}"))
             await asyncio.sleep(self.config.probe_every)
 
     async def probe(self, member: Member) -> None:
@@ -567,6 +575,17 @@ class ControlPlaneManager:
             "waiting": len(self.waiting),
             "routes": list(ROUTES),
         }
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """What routing goes by must be what it says. Raises UserError."""
+    for name, least in (("max_concurrent", 1), ("tensor_parallel", 1), ("cost_per_token", 0)):
+        value = facts.get(name)
+        kinds = int if least else (int, float)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or value < least):
+            raise UserError(f"metadata.{name} is {value!r}; accepted: a number of at least {least}")
+    if not isinstance(facts.get("labels") or {}, Mapping):
+        raise UserError(f"metadata.labels is {facts['labels']!r}; accepted: names with values")
 
 
 async def _load(engine: BaseInferenceEngine) -> EngineLoad:

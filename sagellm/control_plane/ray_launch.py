@@ -175,5 +175,5 @@ class RayLauncher(Launcher):
             raise UserError(f"no machine of the cluster has {wanted} free; it has: {has}") from error
         return _RayPlace(actor, host)
 
-    def adopt(self, pid: int, log: Path) -> Launched | None:
+    def adopt(self, pid: int, port: int, log: Path) -> Launched | None:
         return None

@@ -1,6 +1,7 @@
 """A control plane over engines in this process and at addresses."""
 
 import asyncio
+import os
 import socket
 
 import pytest
@@ -260,3 +261,23 @@ def test_nobody_at_the_address():
         await endpoint.aclose()
 
     run(main())
+
+
+def test_a_control_plane_that_was_killed_finds_its_engines_again_and_can_stop_them(tmp_path):
+    async def main():
+        settings = {"registry": tmp_path / "engines.json", "logs": tmp_path}
+        first = await plane(**settings)
+        extra = ("--core", "inline", "--max-length", "64")
+        info = await first.request_engine_startup("builtin", extra=extra)
+        await first.wait_until_ready(info.engine_id, 120)
+        for member in first.members.values():  # as after kill -9: nothing is stopped, nothing said
+            member.probing.cancel()
+        second = await plane(**settings)
+        await second.wait_until_ready(info.engine_id)
+        await second.request_engine_shutdown(info.engine_id, 5)
+        with pytest.raises(ProcessLookupError):
+            os.kill(info.metadata["pid"], 0)
+        third = await plane(**settings)
+        assert not third.members
+
+    run(main(), 200)

@@ -100,9 +100,9 @@ class ServerAdapter(RemoteEngine):
         except FileNotFoundError as error:
             raise UserError(f"{command[0]!r} was not found; {self.MISSING}") from error
 
-    def adopt(self, launcher: Launcher, pid: int, log: Path) -> None:
-        """Take over a process that another control plane had started."""
-        self._process, self.log = launcher.adopt(pid, log), log
+    def adopt(self, launcher: Launcher, pid: int, port: int, log: Path) -> None:
+        """Take over a process that another control plane had started, if it goes on."""
+        self._process, self.log = launcher.adopt(pid, port, log), log
 
     async def ended(self) -> str:
         """Where its process has ended: one line with the last it said; else empty."""
