@@ -81,9 +81,12 @@ class HttpEndpoint(Endpoint):
         self.address = address.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
+        self._over = False
 
     def _open(self) -> aiohttp.ClientSession:
-        if self._session is None or self._session.closed:
+        if self._over:
+            raise EngineLost(f"{self.address}: this side has ended")
+        if self._session is None:
             self._session = aiohttp.ClientSession(
                 headers=self._headers,
                 connector=aiohttp.TCPConnector(limit=0),
@@ -117,6 +120,7 @@ class HttpEndpoint(Endpoint):
         return Reply(answer.status, found, pieces(), close)
 
     async def aclose(self) -> None:
+        self._over = True
         if self._session is not None:
             await self._session.close()
 

@@ -132,6 +132,7 @@ class ControlPlaneManager:
         """(engine, outcome) -> requests."""
         self._open: dict[str, asyncio.Task] = {}
         self._registry = Registry(self.config.registry)
+        self._closing: set[asyncio.Task] = set()
         self._running = False
         self._relay = Relay(self)
 
@@ -157,7 +158,6 @@ class ControlPlaneManager:
 
     async def stop(self, drain_s: float = 30) -> None:
         """End: requests may go on for so long; engines that were started here end, others go on."""
-        self._running = False
         started = [m for m in self.members.values() if m.info.metadata.get("started")]
         await asyncio.gather(*(self.stop_engine_gracefully(m.info.engine_id, drain_s) for m in started))
         for member in self.members.values():
@@ -165,6 +165,8 @@ class ControlPlaneManager:
                 member.probing.cancel()
             if isinstance(member.engine, RemoteEngine):
                 await member.engine.endpoint.aclose()
+        self._running = False
+        await asyncio.gather(*self._closing)
 
     # who is there
 
@@ -266,6 +268,10 @@ class ControlPlaneManager:
             member.probing.cancel()
         member.info.state = EngineState.STOPPED
         member.lost.set()
+        if isinstance(member.engine, RemoteEngine) and self._running:
+            closing = asyncio.create_task(member.engine.endpoint.aclose())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
         self._registry.write(m.info for m in self.members.values())
         return member.info
 

@@ -18,7 +18,7 @@ TRAPS = {
     "sum taken for functional": ({"edits": [(ADD, r"lightop.norm.fused_add_rms_norm(\1, \2.clone(),")]}, "numbers"),
     "norm and sum swapped": ({"edits": [(ADD, r"lightop.norm.fused_add_rms_norm(\2, \1,")]}, "numbers"),
     "one tensor twice": ({"edits": [(ADD, r"lightop.norm.fused_add_rms_norm(\1, \1,")]}, "constraints"),
-    "cache with heads before tokens": ({"transposed": True}, "error"),
+    "cache with heads before tokens": ({"transposed": True}, "constraints"),
     "blocks of 16 tokens": ({"block_size": 16}, "refused"),
     "weight as [in, out]": ({"edits": [(r"w\.gate_up_proj\)", "w.gate_up_proj.t())")]}, "error"),
     "square weight as [in, out]": ({"edits": [(r"w\.o_proj\)", "w.o_proj.t())")]}, "numbers"),

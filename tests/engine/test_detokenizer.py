@@ -241,9 +241,9 @@ def test_a_token_costs_the_same_late_as_early(tokenizer_of, monkeypatch, kind, p
         if tokenizer.token_bytes(i) == raw or tokenizer.token_text(i) == piece
     )
     detokenizer, decoded = Detokenizer(tokenizer, stop=("\n ",)), []
-    decode = tokenizer.decode
+    decode = Tokenizer.decode
     monkeypatch.setattr(
-        tokenizer, "decode", lambda ids, **how: decoded.append(len(ids)) or decode(ids, **how)
+        Tokenizer, "decode", lambda self, ids, **how: decoded.append(len(ids)) or decode(self, ids, **how)
     )
 
     def cost() -> tuple[int, int]:
