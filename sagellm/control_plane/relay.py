@@ -120,7 +120,7 @@ class Relay:
                     return last
                 raise
             attempt = Attempt(self._manager, member, call)
-            outcome, made, lost = Outcome.REFUSED, 0, False
+            outcome, made, lost, begun = Outcome.REFUSED, 0, False, False
             try:
                 path, body = (
                     (call.path, call.body)
@@ -131,7 +131,7 @@ class Relay:
                     body = body | {"model": member.info.model_id}
                 reply = await attempt.begin(path, body)
                 if reply.status == 200 and journal is not None:
-                    outcome = Outcome.ANSWERED
+                    begun = True
                     return attempt, reply
                 said = b"".join([piece async for piece in reply.pieces])
                 if reply.status not in BUSY | FAILED:
@@ -144,7 +144,7 @@ class Relay:
                 outcome, lost = Outcome.FAILED, True
                 log.warning("%s: %s was lost: %s", call.metadata.request_id, member.info.engine_id, error)
             finally:
-                if journal is None or outcome is not Outcome.ANSWERED:
+                if not begun:
                     await attempt.end(outcome, made)
             tried.append(member.info.engine_id)
         if last is None:

@@ -78,6 +78,19 @@ def test_a_client_that_goes_away_ends_its_request_at_the_engine(engine):
     run(main())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refused_request_is_not_at_the_engine_any_more(engine, stream):
+    async def main():
+        manager, here = await plane(engine)
+        body = {"model": engine.model_id, "prompt": "x", "stream": stream, "no_such_field": 1}
+        status, said = await here.ask("POST", "/v1/completions", body)
+        assert status == 400 and "no_such_field" in said["error"]["message"]
+        assert manager.get_engine_info("sagellm").active_requests == 0
+        await manager.stop()
+
+    run(main())
+
+
 def test_an_engine_that_cannot_start_says_why_in_one_line(tmp_path):
     async def main():
         manager, here = await plane(None, logs=tmp_path)
