@@ -31,6 +31,10 @@ class Breaker:
     def succeeded(self) -> None:
         self.failures, self.trying = 0, False
 
+    def undecided(self) -> None:
+        """The one that tried was not taken, or its client went away: another may try."""
+        self.trying = False
+
     def failed(self, now: float) -> float | None:
         """Seconds for which it is open now; None: it is not."""
         self.failures, self.trying = self.failures + 1, False

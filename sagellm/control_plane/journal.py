@@ -94,9 +94,12 @@ class StreamJournal:
     def take(self, data: bytes) -> bytes | None:
         """An engine's chunk as the client gets it; None: there is nothing in it for the client.
 
-        Raises EngineLost where it says that the engine failed.
+        Raises EngineLost where it says that the engine failed, or is no JSON.
         """
-        chunk = from_json(data)
+        try:
+            chunk = from_json(data)
+        except ValueError as error:
+            raise EngineLost(f"a chunk is no JSON: {data[:100]!r}") from error
         if "error" in chunk:
             error = chunk["error"]
             raise EngineLost(str(error.get("message", error) if isinstance(error, dict) else error))

@@ -133,6 +133,7 @@ class ControlPlaneManager:
         self._open: dict[str, asyncio.Task] = {}
         self._registry = Registry(self.config.registry)
         self._closing: set[asyncio.Task] = set()
+        self._starting = asyncio.Lock()
         self._running = False
         self._relay = Relay(self)
 
@@ -395,6 +396,18 @@ class ControlPlaneManager:
         **options: Any,
     ) -> EngineInfo:
         """Start a server and register it; it is STARTING when this returns. Options are those of `EngineOptions`."""
+        async with self._starting:  # ids are chosen before the process is there
+            return await self._start_engine(model, engine_kind, engine_id, port, metadata or {}, options)
+
+    async def _start_engine(
+        self,
+        model: str,
+        engine_kind: str,
+        engine_id: str | None,
+        port: int | None,
+        metadata: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> EngineInfo:
         make = adapters.adapter(engine_kind)
         asked = EngineOptions(model=model, **options)
         name = engine_id or self._free_id(engine_kind)
@@ -408,7 +421,7 @@ class ControlPlaneManager:
             engine_id=name,
             log=self._log(name),
         )
-        facts = {"started": True, "tensor_parallel": asked.tensor_parallel} | dict(metadata or {})
+        facts = {"started": True, "tensor_parallel": asked.tensor_parallel} | dict(metadata)
         if asked.max_concurrent is not None:
             facts["max_concurrent"] = asked.max_concurrent
         if asked.device is not None:
@@ -489,6 +502,8 @@ class ControlPlaneManager:
         member.breaker.sent()
         if info.engine_id in self.fleet:
             self.fleet.sent(info.engine_id, call.ask)
+            if member.breaker.trying:
+                self._tell_state(member)
 
     def first_token(self, member: Member, call: Call, seconds: float) -> None:
         if member.info.engine_id in self.fleet:
@@ -507,8 +522,11 @@ class ControlPlaneManager:
         self.outcomes[info.engine_id, outcome.value] += 1
         if outcome is Outcome.FAILED:
             self._failed(member)
-        elif outcome is Outcome.ANSWERED:
-            member.breaker.succeeded()
+        else:
+            tried = member.breaker.trying
+            member.breaker.succeeded() if outcome is Outcome.ANSWERED else member.breaker.undecided()
+            if tried:
+                self._tell_state_if_here(member)
         self.waiting.wake(info.model_id)
 
     def _failed(self, member: Member) -> None:
@@ -584,7 +602,11 @@ class ControlPlaneManager:
 
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
-    """What routing goes by must be what it says. Raises UserError."""
+    """What routing goes by must be what it says, and what is ours to say is not said. Raises UserError."""
+    if own := facts.keys() & {"started", "pid"}:
+        raise UserError(
+            f"metadata.{min(own)} is given; accepted: without it, as it is of engines started here"
+        )
     for name, least in (("max_concurrent", 1), ("tensor_parallel", 1), ("cost_per_token", 0)):
         value = facts.get(name)
         kinds = int if least else (int, float)

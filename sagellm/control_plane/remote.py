@@ -55,7 +55,7 @@ class RemoteEngine(BaseInferenceEngine):
     KIND: ClassVar[str] = "llm"
     METRICS: Mapping[str, tuple[str, ...]] = {}
     """Field of `EngineLoad` -> names in the engine's /metrics, the first that is there counts; several series are
-    added up."""
+    added up, and of `kv_use` their mean is taken."""
     FEATURES: frozenset[str] = OPENAI
     """Of requests, see `features.py`, that it can serve."""
 
@@ -409,14 +409,16 @@ def read_load(text: str, names: Mapping[str, Iterable[str]]) -> EngineLoad:
     wanted = {name for some in names.values() for name in some}
     lines = [line for line in text.splitlines() if line.partition("{")[0].partition(" ")[0] in wanted]
     sums: dict[str, float] = {}
+    series: dict[str, int] = {}
     for family in text_string_to_metric_families("\n".join(lines) + "\n"):
         for sample in family.samples:
             sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+            series[sample.name] = series.get(sample.name, 0) + 1
     found: dict[str, Any] = {}
     for what, some in names.items():
         for name in some:
             if name in sums:
-                found[what] = sums[name] if what == "kv_use" else int(sums[name])
+                found[what] = sums[name] / series[name] if what == "kv_use" else int(sums[name])
                 break
     assert found.keys() <= {known.name for known in fields(EngineLoad)}
     return EngineLoad(**found)

@@ -14,6 +14,7 @@ from sagellm.control_plane.calls import Call
 from sagellm.control_plane.client import AsyncInferenceClient
 from sagellm.control_plane.faults import FAILURES, Breaker, RetryBudget
 from sagellm.control_plane.manager import ControlPlaneManager
+from sagellm.control_plane.routing.decision import NoEngine
 from sagellm.control_plane.types import RequestMetadata, RequestType
 from sagellm.engine.base import EngineState
 from sagellm.engine.engine import SageLLMEngine
@@ -251,3 +252,43 @@ def test_a_budget_of_retries_is_earned():
     for _ in range(5):
         budget.earn()
     assert budget.take() and not budget.take()
+
+
+def test_after_the_pause_one_request_tries_and_the_engine_comes_back():
+    """Also when the first that tries is refused, which says nothing of the engine's health."""
+    answers = [broken] * FAILURES + [busy, well, well]
+
+    async def recovering(body):
+        return await answers.pop(0)(body) if answers else await well(body)
+
+    async def use(manager):
+        for _ in range(FAILURES):
+            await answer(manager)
+        assert (await answer_or_refusal(manager)) == "not_accepting"
+        await asyncio.sleep(1.1)
+        assert (await answer(manager))[0] == 429
+        await asyncio.sleep(0.2)  # some probes
+        return [(await answer(manager))[0] for _ in range(3)]
+
+    async def answer_or_refusal(manager):
+        try:
+            return await answer(manager)
+        except NoEngine as error:
+            return error.kind
+
+    assert asyncio.run(with_engines([recovering], use, attempts=1)) == [200, 200, 200]
+
+
+async def garbled(body):
+    async def pieces():
+        yield "data: {not json\n\n"
+
+    return StreamingResponse(pieces(), media_type="text/event-stream")
+
+
+def test_an_engine_that_talks_nonsense_is_taken_for_lost():
+    async def use(manager):
+        return await answer(manager, True, preferred_instance_id="e0")
+
+    status, text, headers = asyncio.run(with_engines([garbled, well], use))
+    assert (status, headers["x-sagellm-engine"]) == (200, "e1") and "well" in text

@@ -11,7 +11,7 @@ from third_party import SCHEMA, Echo
 from sagellm.batch import SamplingParams
 from sagellm.control_plane import remote
 from sagellm.control_plane.endpoint import Endpoint, EngineLost, Reply
-from sagellm.control_plane.remote import RemoteEngine
+from sagellm.control_plane.remote import RemoteEngine, read_load
 from sagellm.engine.base import EngineState, GenerateRequest
 from sagellm.errors import QueueFull, UserError
 from sagellm.schemas import QuantizationProfile
@@ -224,3 +224,10 @@ def test_stopping_ends_what_is_open_and_takes_nothing_more():
             await engine.generate(GenerateRequest(prompt="a"))
 
     started(use, v1__completions=None)
+
+
+@pytest.mark.contract
+def test_several_series_are_added_up_but_for_the_use_of_caches():
+    text = 'run{rank="0"} 2.0\nrun{rank="1"} 3.0\nuse{rank="0"} 0.5\nuse{rank="1"} 0.9\n'
+    load = read_load(text, {"running": ("run",), "kv_use": ("use",)})
+    assert (load.running, load.kv_use) == (5, pytest.approx(0.7))
