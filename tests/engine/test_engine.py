@@ -2,7 +2,6 @@
 
 import asyncio
 import cProfile
-import os
 import pstats
 
 import pytest
@@ -118,12 +117,13 @@ def test_a_pool_that_holds_few_sequences_lets_the_others_wait(alone, monkeypatch
     assert_all_free(core)
 
 
-def test_a_pool_is_as_large_as_its_share_of_the_free_memory(alone):
+def test_a_pool_is_as_large_as_its_share_of_the_free_memory(alone, monkeypatch):
     folder, expected = alone(LLAMA)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    forty_blocks = 40 * make_core(folder).kv_schema.bytes_per_block / free
-    core = make_core(folder, kv_memory_fraction=forty_blocks)
-    assert 20 <= core.kv.pool.free <= 80, "40, but others use memory too"
+    whole = make_core(folder)
+    weights = 4 * whole.parameters
+    monkeypatch.setattr(planner, "available_memory", lambda: weights + 80 * whole.kv_schema.bytes_per_block)
+    core = make_core(folder, kv_memory_fraction=0.5)
+    assert core.kv.pool.free == 40
     assert_equal(serve(core, PROMPTS, HOW), expected)
     with pytest.raises(UserError, match=r"^kv_memory_fraction 1e-12 .* accepted: .*$"):
         make_core(folder, kv_memory_fraction=1e-12)
