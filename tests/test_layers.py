@@ -21,6 +21,7 @@ LAYERS = [
         "target",
         "topology",
         "ports",
+        "host",
         "grammar",
         "config",
         "kv",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 
 import click
@@ -14,6 +13,7 @@ from sagellm.backends import hardware
 from sagellm.backends.devices import Device, Probe, probe, vendors
 from sagellm.conformance.size import ENTRIES, LINES, sizes
 from sagellm.errors import UserError
+from sagellm.host import processors
 from sagellm.target import CapabilityDescriptor
 
 
@@ -97,7 +97,7 @@ def _capability_text(name: str, c: CapabilityDescriptor | str) -> list[str]:
         return [f"backend {name}: {c}"]
     any_size = " or any other number of" if c.any_block_size else ""
     layouts = ", ".join(f"{dtype}: {layout}" for dtype, layout in c.linear_layouts.items())
-    cores = f", {os.cpu_count()} cores" if c.device == "cpu" else ""
+    cores = f", {processors()} cores" if c.device == "cpu" else ""
     return [
         f"backend {name}: torch device {c.device}{cores}",
         f"  dtypes    {', '.join(c.dtypes)}",

@@ -24,7 +24,7 @@ from sagellm.engine.grammars import Grammars, RowGrammars
 from sagellm.engine.history import History
 from sagellm.engine.load import Progress, load_weights
 from sagellm.engine.planner import Planner
-from sagellm.engine.ranks import Ranks, ShardedCache
+from sagellm.engine.ranks import Ranks, ShardedCache, share_cores
 from sagellm.engine.record import begin_recording
 from sagellm.engine.stats import Counters, EngineStats, Times
 from sagellm.engine.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -49,6 +49,7 @@ class EngineCore(Planner):
         self._counted: set[tuple[str, ...]] = set()
         self._captured: dict[tuple[str, tuple[str, ...]], Callable] = {}
         compiled, ranks = self.rank_program(), config.tensor_parallel
+        share_cores(ranks)
         self.ranks = Ranks(self) if ranks > 1 else None
         self.weights: SimpleNamespace = load_weights(
             compiled.program,

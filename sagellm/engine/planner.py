@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 from itertools import count
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from sagellm.compiler import CompiledModel, Compiler, expected_tensors
 from sagellm.config import AUTO, AskedKV, EngineConfig, resolve_kv_schema
 from sagellm.drafts import Drafts
 from sagellm.errors import UserError
+from sagellm.host import available_memory
 from sagellm.models.config import load_config
 from sagellm.models.hub import resolve
 from sagellm.models.vocabulary import check_same
@@ -32,15 +32,6 @@ from sagellm.schemas import DTYPE_BYTES, FLOATS, KV_SCALES, KVCacheSchema
 from sagellm.target import AttentionShape, StepCost
 
 ACROSS_RANKS = ("shard", "comm-compute-overlap")
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping: what the kernel estimates, else the free pages."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Planner:

@@ -8,7 +8,6 @@ lost takes the core with it.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -29,6 +28,7 @@ from sagellm.engine.load import load_weights
 from sagellm.engine.planner import Planner
 from sagellm.engine.wire import Connection
 from sagellm.errors import RankLost, UserError
+from sagellm.host import processors
 from sagellm.models.checkpoint import Checkpoint
 from sagellm.rows import Rows
 
@@ -60,7 +60,6 @@ class Ranks:
             for rank, connection in enumerate(self._connections, 1):
                 connection.send("start", planner.config, rank, blocks, port)
             self._answers("here")
-            share_cores(self.size)
             self.comm: CommBackendProtocol = planner.backend.make_comm(port, 0, self.size)
 
     def await_ready(self) -> None:
@@ -166,9 +165,8 @@ class ShardedCache:
 
 
 def share_cores(ranks: int) -> None:
-    """Ranks on one machine take an equal part of its cores each."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // ranks)))
+    """Ranks on one machine take an equal part each of the processors that there are for them."""
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), processors() // ranks)))
 
 
 def _bytes(values: Tensor) -> np.ndarray:
