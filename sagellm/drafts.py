@@ -170,56 +170,54 @@ class Drafts:
         self._table[entries] = (self._live + begin + ends)[:, None]
         self._table[-1] = NOTHING
 
-    def _read(self, places: np.ndarray) -> np.ndarray:
-        """The tokens there; -1 where the text has ended."""
-        c, live = self.columns, places < self._live
-        here, there = np.where(live, places, 0), np.clip(places - self._live, 0, HISTORY - 1)
-        row, at = np.divmod(here, c.max_length)
-        known = np.where(at < c.length[row], c.tokens[row, at], NOTHING)
-        return np.where(live, known, self._text[there])
-
-    def _tenants(self, places: np.ndarray) -> np.ndarray:
-        c, live = self.columns, places < self._live
-        there = np.clip(places - self._live, 0, HISTORY - 1)
-        return np.where(live, c.tenant[np.where(live, places, 0) // c.max_length], self._tenant[there])
+    def _read(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [..., LONGEST + DEPTH]: the tokens before and behind these places, -1 where their text has ended; and
+        whose they are."""
+        c, ring = self.columns, places >= self._live
+        row = np.where(ring, 0, places) // c.max_length
+        ends = np.where(ring, self._live + HISTORY, row * c.max_length + c.length[row])
+        at = np.maximum(places[..., None] + np.arange(-LONGEST, DEPTH), 0)
+        text = c.tokens.ravel()[np.minimum(at, self._live - 1)]
+        tenants = c.tenant[row]
+        if ring.any():
+            text = np.where(at < self._live, text, self._text[np.clip(at - self._live, 0, HISTORY - 1)])
+            tenants = np.where(ring, self._tenant[np.where(ring, places - self._live, 0)], tenants)
+        text[at >= ends[..., None]] = NOTHING
+        return text, tenants
 
     # guesses
 
     def guess(self, rows: np.ndarray, found: np.ndarray) -> Guesses | None:
         """What may follow these rows, where `follow` found something; None where nothing stands the test: the hash may
         lie, the text may have changed, the tenant may be another."""
-        c = self.columns
+        c, d = self.columns, np.arange(len(rows))
         ends = c.length[rows]
         windows = c.tokens[rows[:, None], np.maximum(ends[:, None] + np.arange(-LONGEST, 0), 0)]
-        back = np.arange(-LONGEST, 0)
-        there = self._read(np.maximum(found[:, :, None] + back, 0))
-        same = (there == windows[:, None]) | ~self._inside.T
-        good = (found >= 0) & same.all(2) & (self._tenants(found) == c.tenant[rows][:, None])
-        good &= self._read(np.maximum(found, 0)) != NOTHING
+        text, tenants = self._read(np.maximum(found, 0))
+        same = (text[..., :LONGEST] == windows[:, None]) | ~self._inside.T
+        good = (found >= 0) & same.all(2) & (text[..., LONGEST] != NOTHING)
+        good &= tenants == c.tenant[rows][:, None]
         if not good.any():
             return None
-        level = good.argmax(1)
-        d = np.arange(len(rows))
-        other = good & (found != found[d, level][:, None])
+        first = good.argmax(1)
+        other = good & (found != found[d, first][:, None])
         second = other.argmax(1)
-        levels = np.stack([level, second], 1)
+        levels = np.stack([first, second], 1)
         there = np.stack([good.any(1), other.any(1)], 1)
-        tokens = self._continue(rows, found[d[:, None], levels], there)
-        same = (tokens[:, 0] == tokens[:, 1]).cumprod(1)
-        fork = same.sum(1)
-        chances = self._chances(rows, levels, tokens, fork)
-        return Guesses(tokens, chances, fork, level)
-
-    def _continue(self, rows: np.ndarray, places: np.ndarray, there: np.ndarray) -> np.ndarray:
-        """Tokens [D, 2, DEPTH] from these places on. A row that repeats itself goes round: what it repeats may be
-        shorter than what is guessed."""
-        c, forward = self.columns, np.arange(DEPTH)
-        period = rows[:, None] * c.max_length + c.length[rows][:, None] - places
-        own = (places < self._live) & (places // c.max_length == rows[:, None])
-        ahead = np.where(own[..., None], forward % np.maximum(period, 1)[..., None], forward)
-        tokens = self._read(np.minimum(places[..., None] + ahead, self._live + HISTORY - 1))
+        tokens = self._continue(rows, found[d[:, None], levels], text[d[:, None], levels, LONGEST:])
         tokens[~there] = NOTHING
-        return np.where((tokens == NOTHING).cumsum(2) > 0, NOTHING, tokens)
+        tokens[(tokens == NOTHING).cumsum(2) > 0] = NOTHING
+        fork = (tokens[:, 0] == tokens[:, 1]).cumprod(1).sum(1)
+        return Guesses(tokens, self._chances(rows, levels, tokens, fork), fork, first)
+
+    def _continue(self, rows: np.ndarray, places: np.ndarray, text: np.ndarray) -> np.ndarray:
+        """What follows these places, from the text there [D, 2, DEPTH]. A row that repeats itself goes round: what it
+        repeats may be shorter than what is guessed."""
+        c = self.columns
+        first = rows[:, None] * c.max_length
+        period = first + c.length[rows][:, None] - places
+        period = np.where((places >= first) & (period > 0), period, DEPTH)
+        return np.take_along_axis(text, np.arange(DEPTH) % period[..., None], 2)
 
     def _chances(self, rows, levels, tokens, fork) -> np.ndarray:
         of_level = self.held / self.tried

@@ -28,8 +28,6 @@ class Trees:
     tokens: np.ndarray
     counts: np.ndarray
     """[D] nodes of each sequence."""
-    paths: np.ndarray
-    """[N, greatest depth] the guesses from cell 0 to the node; -1 behind."""
     sees: np.ndarray
     """[N, greatest count] bool: the cells of its tree on the way to it, itself included."""
 
@@ -40,44 +38,44 @@ class Trees:
         owner, nodes = np.repeat(rows, counts), np.arange(ends[-1] if len(ends) else 0)
         first = np.repeat(ends - counts, counts)
         cells = nodes - first
-        guess = np.maximum(cells - 1, 0)
-        guessed = cells > 0
+        guess, guessed = np.maximum(cells - 1, 0), cells > 0
         parents = first + np.where(guessed, c.draft_parents[owner, guess], 0)
         last = c.tokens[owner, c.length[owner] - 1]
         tokens = np.where(guessed, c.draft_tokens[owner, guess], last).astype(np.int64)
-        sees = np.zeros((len(nodes), int(counts.max(initial=1))), bool)
-        depths, at = np.zeros_like(nodes), nodes
-        while True:
-            sees[nodes, cells[at]] = True
-            if not (moving := guessed[at]).any():
-                break
-            depths += moving
-            at = np.where(moving, parents[at], at)
-        paths, at = np.full((len(nodes), int(depths.max(initial=0))), -1, np.int64), nodes
-        while (moving := guessed[at]).any():
-            paths[nodes[moving], depths[at[moving]] - 1] = tokens[at[moving]]
-            at = np.where(moving, parents[at], at)
-        return cls(owner, cells, parents, depths, tokens, counts, paths, sees)
+        sees = cells[:, None] == np.arange(int(counts.max(initial=1)))
+        up, reach = parents, 1
+        while reach < sees.shape[1]:  # each round looks twice as far up
+            sees = sees | sees[up]
+            up, reach = up[up], 2 * reach
+        return cls(owner, cells, parents, sees.sum(1) - 1, tokens, counts, sees)
 
     def accepted(self, c: Columns, chosen: np.ndarray) -> np.ndarray:
         """The nodes whose chosen token int64 [N] counts: cell 0, and from there each guess that equals the choice
         before it, up to a token that ends the sequence."""
-        ends = (c.stops[self.rows] == chosen[:, None]).any(1)
-        follows = (self.cells > 0) & (self.tokens == chosen[self.parents]) & ~ends[self.parents]
-        taken = self.cells == 0
-        for depth in range(1, self.paths.shape[1] + 1):
-            at = np.flatnonzero(follows & (self.depths == depth))
-            taken[at] = taken[self.parents[at]]
-        return np.flatnonzero(taken)
+        goes_on = np.where((c.stops[self.rows] == chosen[:, None]).any(1), -1, chosen)
+        wrong = (self.cells > 0) & (self.tokens != goes_on[self.parents])
+        of_tree = np.arange(len(wrong)) - self.cells
+        cells = np.minimum(of_tree[:, None] + np.arange(self.sees.shape[1]), len(wrong) - 1)
+        return np.flatnonzero(~(self.sees & wrong[cells]).any(1))
+
+    @property
+    def paths(self) -> np.ndarray:
+        """[N, greatest depth] the guesses from cell 0 to the node; -1 behind."""
+        paths = np.full((len(self.rows), int(self.depths.max(initial=0))), -1, np.int64)
+        node, cell = np.nonzero(self.sees[:, 1:])
+        above = node - self.cells[node] + 1 + cell
+        paths[node, self.depths[above] - 1] = self.tokens[above]
+        return paths
 
     def known(self, c: Columns) -> np.ndarray:
         """int64 [N, longest]: the tokens up to each node, of which the first `length + depth` count."""
-        longest = int(c.length[self.rows].max()) + self.paths.shape[1]
+        paths = self.paths
+        longest = int(c.length[self.rows].max()) + paths.shape[1]
         tokens = np.zeros((len(self.rows), longest), np.int64)
         width = min(longest, c.tokens.shape[1])
         tokens[:, :width] = c.tokens[self.rows, :width]
-        nodes, at = np.nonzero(self.paths >= 0)
-        tokens[nodes, c.length[self.rows[nodes]] + at] = self.paths[nodes, at]
+        nodes, at = np.nonzero(paths >= 0)
+        tokens[nodes, c.length[self.rows[nodes]] + at] = paths[nodes, at]
         return tokens
 
 

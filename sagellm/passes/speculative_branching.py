@@ -68,13 +68,16 @@ class SpeculativeBranching(Pass):
             firsts[known] = guesses.chances[:, 0, 0]
             patience = self.probe if view.draft_model is None else 2 * self.probe
             chosen = self._choose(guesses, len(rows), room, drafts, cost, patience)
-        sure = np.zeros(len(rows)), np.zeros(len(rows), int)
+        held, taken = np.zeros(len(rows)), np.zeros(len(rows), int)
         if guesses is not None and chosen is not None:
-            sure[0][known] = np.where(chosen, guesses.chances, 0).sum((1, 2))
-            sure[1][known] = chosen.sum((1, 2))
-        asked = self._ask(batch, view, room, firsts, *sure)
+            held[known] = np.where(chosen, guesses.chances, 0).sum((1, 2))
+            taken[known] = chosen.sum((1, 2))
+        asked = self._ask(batch, view, room, firsts, held, taken)
+        if len(asked):
+            held[asked] = 0
         if guesses is not None and chosen is not None:
-            chosen[np.isin(known, asked)] = False
+            if len(asked):
+                chosen[np.isin(known, asked)] = False
             drafts.write(rows[known], guesses, chosen)
         some = c.drafted[rows] > 0
         if not some.any():
@@ -85,11 +88,10 @@ class SpeculativeBranching(Pass):
         batch.facts[Phase.DECODE] = (DRAFTED,)
         if batch.notes.pop(PrefixDedup.name, None):
             batch.declines[PrefixDedup.name] = "guesses are verified in this step, and their rows read alone"
-        of_text = sure[0][some & ~np.isin(np.arange(len(rows)), asked)].sum()
         by = f", those of {len(asked)} by the draft model" if len(asked) else ""
         batch.notes[self.name] = (
             f"{c.drafted[rows].sum()} tokens are guessed for {some.sum()} of {len(rows)} sequences{by}; "
-            f"{of_text:.1f} of those from text are expected to hold"
+            f"{held.sum():.1f} of those from text are expected to hold"
         )
 
     def leave_out(self, batch: Batch, fact: str) -> None:

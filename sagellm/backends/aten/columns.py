@@ -125,29 +125,24 @@ class AtenRows:
         r, trees, alone = self.rows, self.rows.trees, self.decode_count
         lengths = np.concatenate([r.decode_lengths, r.positions[alone:] + 1])
         contexts = r.prefill_lengths - trees.counts
-        node, cell = np.nonzero(trees.sees[self._within])
-        tree = np.repeat(np.arange(len(contexts)), trees.counts)
-        paths = np.zeros((len(lengths), 1 + trees.sees.shape[2]), np.int64)
+        sees, of_node = trees.sees[self._within], np.repeat(np.arange(len(contexts)), trees.counts)
+        node, cell = np.nonzero(sees)
+        paths = np.zeros((len(lengths), 1 + sees.shape[1]), np.int64)
         paths[:, 0] = lengths
-        paths[alone + node, 1 + np.arange(len(node)) - np.searchsorted(node, node)] = (
-            contexts[tree[node]] + cell
-        )
-        first, counts = r.prefill_offsets[:-1], trees.counts
+        paths[alone + node, sees.cumsum(1)[node, cell]] = contexts[of_node[node]] + cell
+        first, counts, tree = r.prefill_offsets[:-1], trees.counts, np.arange(len(contexts))
         if window is not None:
-            first, counts, contexts = alone + np.arange(len(tree)), np.ones(len(tree), int), contexts[tree]
+            first, counts, tree = alone + np.arange(len(of_node)), 1, of_node
         first = np.concatenate([np.arange(alone), first])
-        table = _table(
-            first,
-            np.concatenate([np.ones(alone, int), counts]),
-            np.concatenate([np.arange(alone), alone + tree[first[alone:] - alone]]),
-            _starts(lengths[first], window),
-            lengths[first],
-            np.concatenate([np.full(alone, -1), contexts]),
-        )
-        width = max(r.decode_blocks.shape[1], r.prefill_blocks.shape[1])
-        tables = (np.pad(t, ((0, 0), (0, width - t.shape[1]))) for t in (r.decode_blocks, r.prefill_blocks))
-        blocks = torch.from_numpy(np.concatenate(list(tables)))
-        return Parts(torch.arange(len(lengths)), table, blocks, torch.from_numpy(paths))
+        table = np.empty((len(first), 6), np.int64)
+        table[:, 0], table[:, 3], table[:, 4] = first, _starts(lengths[first], window), lengths[first]
+        table[:alone, 1], table[:alone, 2], table[:alone, 5] = 1, first[:alone], -1
+        table[alone:, 1], table[alone:, 2], table[alone:, 5] = counts, alone + tree, contexts[tree]
+        plain, branching = r.decode_blocks, r.prefill_blocks
+        blocks = np.zeros((alone + len(branching), max(plain.shape[1], branching.shape[1])), np.int64)
+        blocks[:alone, : plain.shape[1]], blocks[alone:, : branching.shape[1]] = plain, branching
+        put = torch.from_numpy
+        return Parts(torch.arange(len(lengths)), put(table), put(blocks), put(paths))
 
     def cascade_parts(self) -> Parts:
         """A part for each decode row behind what its cohort shares, and one for each cohort."""
@@ -212,10 +207,8 @@ def _starts(lengths: np.ndarray, window: int | None) -> np.ndarray:
 
 
 def _table(*columns: np.ndarray) -> Tensor:
-    """Of parts, as `Parts.table` has it; five columns are of no tree."""
-    if len(columns) == 5:
-        columns = *columns, np.full(len(columns[0]), -1)
-    return torch.from_numpy(np.stack(columns, 1).astype(np.int64))
+    """Of parts without trees, from all columns of `Parts.table` but the last."""
+    return torch.from_numpy(np.stack((*columns, np.full(len(columns[0]), -1)), 1).astype(np.int64))
 
 
 def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
