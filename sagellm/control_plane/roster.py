@@ -1,0 +1,282 @@
+"""The engines that there are: they are registered, started, drained, stopped and found again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sagellm.control_plane import adapters
+from sagellm.control_plane.adapters.base import EngineOptions, ServerAdapter
+from sagellm.control_plane.config import ControlPlaneConfig
+from sagellm.control_plane.endpoint import Endpoint
+from sagellm.control_plane.face import endpoint_of
+from sagellm.control_plane.launch import Launcher, LocalLauncher
+from sagellm.control_plane.members import Member, check_facts
+from sagellm.control_plane.registry import Registry
+from sagellm.control_plane.remote import RemoteEngine
+from sagellm.control_plane.routing.fleet import Fleet
+from sagellm.control_plane.starting import spawn
+from sagellm.control_plane.types import EngineInfo
+from sagellm.control_plane.waiting import WaitingRoom
+from sagellm.control_plane.watch import Watch
+from sagellm.engine.base import BaseInferenceEngine, EngineState, Health
+from sagellm.errors import UserError, unknown
+
+
+class Roster:
+    """What a `ControlPlaneManager` does with its engines; requests are the manager's own matter."""
+
+    def __init__(
+        self,
+        config: ControlPlaneConfig | None = None,
+        *,
+        launcher: Launcher | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        **settings: Any,
+    ):
+        """`settings` are fields of `ControlPlaneConfig`, in its place."""
+        if config is not None and settings:
+            raise UserError(f"config and {next(iter(settings))} are both given; accepted: one of them")
+        self.config = config or ControlPlaneConfig(**settings)
+        self.launcher = launcher or LocalLauncher()
+        self.clock = clock
+        self.fleet = Fleet()
+        self.waiting = WaitingRoom(self.config.queue, self.config.queue_for)
+        self.members: dict[str, Member] = {}
+        self.watch = Watch(self.config, self.fleet, self.waiting, clock)
+        self._registry = Registry(self.config.registry)
+        self._closing: set[asyncio.Task] = set()
+        self._starting = asyncio.Lock()
+        self._running = False
+
+    # its life
+
+    async def start(self) -> None:
+        """Probe the engines from now on; those of the registry too."""
+        if self._running:
+            return
+        self._running = True
+        for row in self._registry.read():
+            if row["engine_id"] not in self.members:
+                await self._readopt(EngineInfo(**row))
+        for member in self.members.values():
+            self.watch.begin(member)
+
+    async def _readopt(self, info: EngineInfo) -> None:
+        """An engine of before: attached to again; one that this control plane had started can be stopped again."""
+        assert info.address is not None
+        member = self._attach(info, info.metadata.get("api_key"))
+        if isinstance(member.engine, ServerAdapter) and (pid := info.metadata.get("pid")):
+            member.engine.adopt(self.launcher, int(pid), info.port, self._log(info.engine_id))
+
+    async def stop(self, drain_s: float = 30) -> None:
+        """End: requests may go on for so long; engines that were started here end, others go on."""
+        started = [m for m in self.members.values() if m.info.metadata.get("started")]
+        await asyncio.gather(*(self.stop_engine_gracefully(m.info.engine_id, drain_s) for m in started))
+        for member in self.members.values():
+            self.watch.end(member)
+            if isinstance(member.engine, RemoteEngine):
+                await member.engine.endpoint.aclose()
+        self._running = False
+        await asyncio.gather(*self._closing)
+
+    # engines come
+
+    def register_engine(
+        self,
+        engine_id: str,
+        model_id: str | BaseInferenceEngine,
+        host: str | None = None,
+        port: int | None = None,
+        engine_kind: str = "llm",
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        api_key: str | None = None,
+    ) -> EngineInfo:
+        """`register_engine("sagellm", engine)` takes an engine in this process; the long form one at an address.
+
+        It need not run yet: it is STARTING until it answers, and READY from then on.
+        """
+        self._refuse_known(engine_id)
+        facts = dict(metadata or {})
+        check_facts(facts)
+        if isinstance(model_id, str):
+            if host is None or port is None:
+                raise UserError("host and port are missing; accepted: both, or an engine object")
+            info = EngineInfo(
+                engine_id=engine_id,
+                model_id=model_id,
+                host=host,
+                port=port,
+                engine_kind=engine_kind,
+                metadata=facts,
+            )
+            member = self._attach(info, api_key)
+        else:
+            engine, through = model_id, endpoint_of(model_id)
+            kind = getattr(engine, "KIND", "sagellm")
+            info = EngineInfo(engine_id=engine_id, model_id=engine.model_id, engine_kind=kind, metadata=facts)
+            member = self._add(info, engine, through)
+        self._keep()
+        return member.info
+
+    def _refuse_known(self, engine_id: str) -> None:
+        if engine_id in self.members:
+            raise UserError(f"engine id {engine_id!r} is in use; accepted: a new one")
+
+    def _attach(self, info: EngineInfo, api_key: str | None) -> Member:
+        kinds = (*adapters.ADAPTERS, *adapters.OPENAI)
+        if info.engine_kind not in kinds:
+            raise unknown("engine kind", info.engine_kind, kinds)
+        make: type[RemoteEngine] = RemoteEngine
+        if info.engine_kind in adapters.ADAPTERS:
+            make = adapters.adapter(info.engine_kind)
+        assert info.address is not None
+        engine = make(info.address, info.model_id, engine_id=info.engine_id, api_key=api_key)
+        return self._add(info, engine, engine.endpoint)
+
+    def _add(self, info: EngineInfo, engine: BaseInferenceEngine, endpoint: Endpoint) -> Member:
+        member = Member(info, engine, endpoint)
+        member.idle.set()
+        self.members[info.engine_id] = member
+        self.watch.describe(member)
+        if self._running:
+            self.watch.begin(member)
+        return member
+
+    def _keep(self) -> None:
+        self._registry.write(member.info for member in self.members.values())
+
+    async def request_engine_startup(
+        self,
+        model: str,
+        engine_kind: str = "sagellm",
+        engine_id: str | None = None,
+        port: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> EngineInfo:
+        """Start a server and register it; it is STARTING when this returns. Options are those of `EngineOptions`."""
+        adapters.adapter(engine_kind)
+        asked = EngineOptions(model=model, **options)
+        async with self._starting:  # ids are chosen before the process is there
+            name = engine_id or self._free_id(engine_kind)
+            self._refuse_known(name)
+            info, engine = await spawn(
+                self.launcher,
+                engine_kind,
+                asked,
+                engine_id=name,
+                port=port,
+                metadata=metadata or {},
+                log=self._log(name),
+            )
+            self._add(info, engine, engine.endpoint)
+            self._keep()
+        return info
+
+    def _free_id(self, kind: str) -> str:
+        number = 1
+        while (name := f"{kind}-{number}") in self.members:
+            number += 1
+        return name
+
+    def _log(self, engine_id: str) -> Path:
+        folder = self.config.logs
+        if folder is None:
+            folder = Path() if self.config.registry is None else self.config.registry.parent / "logs"
+        return folder / f"{engine_id}.log"
+
+    async def wait_until_ready(self, engine_id: str, timeout: float = 600) -> EngineInfo:
+        """Raises UserError where it ends, or is not ready in time."""
+        member = self._member(engine_id)
+        limit = self.clock() + timeout
+        while member.info.state is not EngineState.READY:
+            engine = member.engine
+            if isinstance(engine, ServerAdapter) and (why := await engine.ended()):
+                self.unregister_engine(engine_id)
+                raise UserError(why)
+            if self.clock() > limit:
+                raise UserError(f"{engine_id} is not ready after {timeout:g} s: {member.detail}")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(member.ready.wait(), 0.2)
+        return member.info
+
+    # engines go
+
+    def unregister_engine(self, engine_id: str) -> EngineInfo:
+        """Forget it; what is open there goes on elsewhere where it can. The engine itself goes on."""
+        member = self._member(engine_id)
+        del self.members[engine_id]
+        self.fleet.remove(engine_id)
+        self.watch.end(member)
+        member.info.state = EngineState.STOPPED
+        member.lost.set()
+        if isinstance(member.engine, RemoteEngine) and self._running:
+            closing = asyncio.create_task(member.engine.endpoint.aclose())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        self._keep()
+        return member.info
+
+    async def start_engine_drain(self, engine_id: str) -> EngineInfo:
+        """Send it nothing new."""
+        member = self._member(engine_id)
+        self.watch.enter(member, EngineState.DRAINING)
+        return member.info
+
+    async def stop_engine_gracefully(self, engine_id: str, drain_s: float = 30) -> EngineInfo:
+        """Drain it, end it where it was started here, and forget it."""
+        member = self._member(engine_id)
+        await self.start_engine_drain(engine_id)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(member.idle.wait(), drain_s)
+        if member.info.metadata.get("started"):
+            await member.engine.stop(drain_s)
+        if engine_id in self.members:
+            self.unregister_engine(engine_id)
+        return member.info
+
+    async def request_engine_shutdown(self, engine_id: str, drain_s: float = 30) -> EngineInfo:
+        return await self.stop_engine_gracefully(engine_id, drain_s)
+
+    def prune(self) -> list[str]:
+        """Forget the engines that are lost; their ids."""
+        lost = [name for name, m in self.members.items() if m.info.state is EngineState.ERROR]
+        for name in lost:
+            self.unregister_engine(name)
+        return lost
+
+    # how they are
+
+    def record_engine_heartbeat(self, engine_id: str) -> None:
+        """An engine says by itself that it is well."""
+        self.watch.answered(self._member(engine_id), Health(EngineState.READY))
+
+    def record_engine_failure(self, engine_id: str, detail: str = "reported") -> None:
+        self.watch.answered(self._member(engine_id), Health(EngineState.ERROR, detail))
+
+    def _member(self, engine_id: str) -> Member:
+        if engine_id not in self.members:
+            raise unknown("engine", engine_id, self.members)
+        return self.members[engine_id]
+
+    def get_engine_info(self, engine_id: str) -> EngineInfo:
+        return self._member(engine_id).info
+
+    def get_engine_state(self, engine_id: str) -> EngineState:
+        return self._member(engine_id).info.state
+
+    def list_registered_engines(self) -> list[EngineInfo]:
+        return [member.info for member in self.members.values()]
+
+    async def engine_log(self, engine_id: str, lines: int = 100) -> list[str]:
+        """The last that a started engine said."""
+        engine = self._member(engine_id).engine
+        if not isinstance(engine, ServerAdapter) or engine.process is None:
+            raise UserError(f"{engine_id!r} was not started here; accepted: an engine that was")
+        return await engine.process.tail(lines)

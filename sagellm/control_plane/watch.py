@@ -1,0 +1,138 @@
+"""How engines are: they are probed, and the fleet and those who wait hear what was found."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from sagellm.control_plane.config import ControlPlaneConfig
+from sagellm.control_plane.endpoint import EngineLost
+from sagellm.control_plane.faults import Breaker
+from sagellm.control_plane.members import Member
+from sagellm.control_plane.remote import RemoteEngine
+from sagellm.control_plane.routing.fleet import Fleet
+from sagellm.control_plane.waiting import WaitingRoom
+from sagellm.engine.base import BaseInferenceEngine, EngineState, Health
+from sagellm.engine.stats import EngineLoad
+from sagellm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LOST_AFTER = 3
+"""Probes in a row that nobody answers, after which an engine counts as lost."""
+
+
+class Watch:
+    def __init__(
+        self, config: ControlPlaneConfig, fleet: Fleet, waiting: WaitingRoom, clock: Callable[[], float]
+    ):
+        self._config, self._fleet, self._waiting, self._clock = config, fleet, waiting, clock
+
+    def begin(self, member: Member) -> None:
+        """Probe it from now on."""
+        if member.probing is None:
+            member.probing = asyncio.create_task(self._probes(member))
+
+    def end(self, member: Member) -> None:
+        if member.probing is not None:
+            member.probing.cancel()
+
+    async def _probes(self, member: Member) -> None:
+        while True:
+            try:
+                await self.probe(member)
+            except Exception as error:  # whatever a stranger's server answers, it is asked again
+                log.exception("the probe of %s failed", member.info.engine_id)
+                self.answered(member, Health(EngineState.ERROR, f"{type(error).__name__}: {error}"))
+            await asyncio.sleep(self._config.probe_every)
+
+    async def probe(self, member: Member) -> None:
+        """Ask an engine how it is, and, where it is well, how busy."""
+        engine = member.engine
+        health = await engine.health()
+        fresh = health.ready and member.info.state in (EngineState.STARTING, EngineState.ERROR)
+        if fresh and isinstance(engine, RemoteEngine):
+            try:
+                await engine.discover()
+            except (EngineLost, UserError) as error:
+                health = Health(EngineState.ERROR, str(error))
+            else:
+                member.info.model_id = engine.model_id
+                if member.info.engine_kind == RemoteEngine.KIND:
+                    member.info.engine_kind = engine.kind
+                self.describe(member)
+        self.answered(member, health)
+        if health.ready:
+            with suppress(EngineLost, UserError):
+                member.load = await _load(engine)
+                self._fleet.set_load(member.info.engine_id, member.load)
+
+    def answered(self, member: Member, health: Health) -> None:
+        """An engine said how it is, or did not answer."""
+        info = member.info
+        member.detail = health.detail
+        if health.state is EngineState.ERROR:
+            info.consecutive_failures += 1
+            if info.consecutive_failures >= LOST_AFTER or not isinstance(member.engine, RemoteEngine):
+                self.enter(member, EngineState.ERROR)
+            return
+        info.consecutive_failures = 0
+        info.last_heartbeat = time.time()
+        if info.state is EngineState.DRAINING and health.ready:
+            return  # it was told to drain here, and does not know
+        self.enter(member, health.state)
+
+    def enter(self, member: Member, state: EngineState) -> None:
+        before, member.info.state = member.info.state, state
+        if state is EngineState.ERROR and before is not state:
+            member.lost.set()
+        elif state is EngineState.READY and before is not state:
+            member.lost.clear()
+            member.breaker = Breaker()
+            member.ready.set()
+        if state is not EngineState.READY:
+            member.ready.clear()
+        self.tell(member)
+
+    def describe(self, member: Member) -> None:
+        """Tell the fleet what the engine can do, as far as it is known."""
+        info, facts = member.info, member.info.metadata
+        capability = None
+        with suppress(UserError):
+            capability = member.engine.get_capability()
+        if info.engine_id in self._fleet:
+            self._fleet.remove(info.engine_id)
+        device = facts.get("device") or (capability.backend if capability else "unknown")
+        self._fleet.add(
+            info.engine_id,
+            kind=info.engine_kind,
+            model_id=info.model_id,
+            device=str(device),
+            features=member.features,
+            max_length=capability.max_sequence_length if capability else None,
+            max_concurrent=facts.get("max_concurrent") or self._config.max_concurrent,
+            cost_per_token=facts.get("cost_per_token"),
+            labels={str(name): str(value) for name, value in (facts.get("labels") or {}).items()},
+            ranks=facts.get("tensor_parallel") or 1,
+            kv_tokens=capability.kv_cache_capacity if capability else None,
+        )
+        self.tell(member)
+
+    def tell(self, member: Member) -> None:
+        """Tell the fleet, and who waits, whether it takes requests now."""
+        info = member.info
+        if info.engine_id not in self._fleet:
+            return  # it was unregistered meanwhile
+        accepting = info.is_accepting_requests and member.breaker.allows(self._clock())
+        self._fleet.set_state(info.engine_id, accepting)
+        if accepting:
+            self._waiting.wake(info.model_id)
+
+
+async def _load(engine: BaseInferenceEngine) -> EngineLoad:
+    if isinstance(engine, RemoteEngine):
+        return await engine.refresh()
+    return await asyncio.to_thread(engine.stats)
