@@ -24,6 +24,10 @@ class Breaker:
     def allows(self, now: float) -> bool:
         return self.failures < FAILURES or (now >= self.closed_at and not self.trying)
 
+    def pause(self, now: float) -> float:
+        """Seconds for which it is open yet."""
+        return max(0.0, self.closed_at - now) if self.failures >= FAILURES else 0.0
+
     def sent(self) -> None:
         """The one that tries, where it is open."""
         self.trying = self.failures >= FAILURES

@@ -6,8 +6,10 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
+import numpy as np
 from attrs import asdict
 from pydantic_core import from_json
 
@@ -22,7 +24,9 @@ from sagellm.control_plane.relay import Outcome, Relay
 from sagellm.control_plane.remote import as_error
 from sagellm.control_plane.roster import Roster
 from sagellm.control_plane.routing.decision import Decision, NoEngine, Router
+from sagellm.control_plane.routing.fleet import ACCEPTING, NEVER
 from sagellm.control_plane.types import RequestMetadata
+from sagellm.control_plane.waiting import comeback
 from sagellm.errors import UserError
 
 __all__ = ["ControlPlaneConfig", "ControlPlaneManager", "Member"]
@@ -55,6 +59,7 @@ class ControlPlaneManager(Roster):
         self.outcomes: Counter[tuple[str, str]] = Counter()
         """(engine, outcome) -> requests."""
         self._open: dict[str, asyncio.Task] = {}
+        self._turned_away = count()
         self._relay = Relay(self)
 
     # requests, as clients send them
@@ -136,11 +141,36 @@ class ControlPlaneManager(Roster):
             await self.waiting.wait(call.ask)
             waited = True
 
+    def retry_after(self, call: Call) -> int:
+        """Whole seconds, 1 to 60, after which a request that found no room may come again.
+
+        There will be room once those who wait before it have gone, as fast as the engines that could serve it lately
+        answered; where none takes requests, when one that failed is tried again, or was probed once more. Those who
+        are sent away together are told times that differ.
+        """
+        now = self.clock()
+        reasons = self.fleet.refusals(call.ask).reasons()
+        could = ~reasons[NEVER].any(axis=0)
+        open_ = self._members_of(could & ~reasons[ACCEPTING])
+        if open_:
+            rate = sum(member.pace.rate(now) for member in open_)
+            seconds = (self.waiting.before(call.ask) + 1) / rate
+        else:
+            pauses = [p for m in self._members_of(could) if (p := m.breaker.pause(now))]
+            seconds = min(pauses, default=self.config.probe_every)
+        return comeback(seconds, next(self._turned_away))
+
+    def _members_of(self, rows: np.ndarray) -> list[Member]:
+        """`rows`: bool, of the fleet's engines."""
+        engines = (self.fleet.engines[row] for row in np.flatnonzero(rows))
+        return [self.members[engine.engine_id] for engine in engines if engine is not None]
+
     def sent(self, member: Member, call: Call) -> None:
         """A request goes to an engine; `ended` follows."""
         info = member.info
         info.active_requests += 1
         member.idle.clear()
+        member.pace.begins(self.clock())
         member.breaker.sent()
         if info.engine_id in self.fleet:
             self.fleet.sent(info.engine_id, call.ask)
@@ -154,7 +184,10 @@ class ControlPlaneManager(Roster):
     def ended(self, member: Member, call: Call, outcome: Outcome, made: int, per_token: float | None) -> None:
         info = member.info
         info.active_requests -= 1
+        if outcome is Outcome.ANSWERED:
+            member.pace.answered(self.clock())
         if not info.active_requests:
+            member.pace.rests(self.clock())
             member.idle.set()
         if info.engine_id in self.fleet:
             if outcome is Outcome.ANSWERED:

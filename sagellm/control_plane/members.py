@@ -13,6 +13,7 @@ from sagellm.control_plane.endpoint import Endpoint
 from sagellm.control_plane.face import features_of
 from sagellm.control_plane.faults import Breaker
 from sagellm.control_plane.types import EngineInfo
+from sagellm.control_plane.waiting import Pace
 from sagellm.engine.base import BaseInferenceEngine
 from sagellm.engine.stats import EngineLoad
 from sagellm.errors import UserError
@@ -31,6 +32,7 @@ class Member:
     idle: asyncio.Event = field(factory=asyncio.Event)
     """Set while no request of ours is there."""
     ready: asyncio.Event = field(factory=asyncio.Event)
+    pace: Pace = field(factory=Pace)
     probing: asyncio.Task | None = None
     load: EngineLoad = field(factory=EngineLoad)
     """As it told last."""

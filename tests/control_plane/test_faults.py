@@ -10,14 +10,19 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
+from sagellm.control_plane.app import make_app
 from sagellm.control_plane.calls import Call
 from sagellm.control_plane.client import AsyncInferenceClient
+from sagellm.control_plane.endpoint import AppEndpoint
 from sagellm.control_plane.faults import FAILURES, Breaker, RetryBudget
 from sagellm.control_plane.manager import ControlPlaneManager
+from sagellm.control_plane.relay import Outcome
 from sagellm.control_plane.routing.decision import NoEngine
 from sagellm.control_plane.types import RequestMetadata, RequestType
+from sagellm.control_plane.waiting import Pace, comeback
 from sagellm.engine.base import EngineState
 from sagellm.engine.engine import SageLLMEngine
+from sagellm.errors import QueueFull
 
 PROMPTS = [
     f"Once upon a time there was a {word}"
@@ -189,6 +194,131 @@ def test_the_last_refusal_is_the_answer_with_its_retry_after():
 
     status, text, headers = asyncio.run(with_engines([busy, busy], use))
     assert (status, headers["retry-after"]) == (429, "7") and "full" in text
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def one_at_a_time(clock, names=("e0",), **settings):
+    """A manager on this clock with engines that take one request each; nobody is there, and nothing is probed."""
+    manager = ControlPlaneManager(clock=clock, max_concurrent=1, **settings)
+    for name in names:
+        manager.register_engine(name, "m", "127.0.0.1", 9)
+        manager.watch.enter(manager.members[name], EngineState.READY)
+    return manager
+
+
+async def refused_after(manager):
+    """Seconds after which a request that gets no engine is to come again."""
+    body = {"model": "m", "prompt": "x"}
+    reply = await AppEndpoint(make_app(manager)).send("POST", "/v1/completions", body)
+    assert reply.status in (429, 503)
+    await reply.aclose()
+    return int(reply.headers["retry-after"])
+
+
+def test_a_refused_client_is_told_when_the_queue_will_have_gone():
+    """As many as wait, at the pace of the answers of the last minutes; busy time alone counts."""
+
+    async def main():
+        clock = Clock()
+        manager = one_at_a_time(clock, queue=4)
+        member = manager.members["e0"]
+        for _ in range(5):  # one answer in 3 s, with rests between them
+            one = call()
+            manager.sent(member, one)
+            clock.now += 3
+            manager.ended(member, one, Outcome.ANSWERED, 4, None)
+            clock.now += 100
+        manager.sent(member, call())
+        clock.now += 3
+        waiting = [asyncio.create_task(manager.submit(call())) for _ in range(4)]
+        await asyncio.sleep(0)
+        found = [await refused_after(manager) for _ in range(8)]
+        predicted = 5 * (18 / 5)  # four wait before it; five answers in 18 s, as the sixth takes 3 s already
+        assert set(found) == {18, 19, 20, 21, 22}, "clients that were refused together do not come together"
+        assert min(found) == predicted
+        urgent = call(priority="critical")
+        assert manager.retry_after(urgent) < 8, "it goes before those who wait"
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    run(main())
+
+
+def test_a_refused_client_is_told_what_all_engines_together_need():
+    async def main():
+        clock = Clock()
+        manager = one_at_a_time(clock, ("e0", "e1"), queue=0)
+        for member in manager.members.values():
+            manager.sent(member, call())
+        clock.now += 20
+        assert await refused_after(manager) == 10, "none has answered yet: both are taken to answer now"
+        clock.now += 10_000
+        assert 48 <= await refused_after(manager) <= 60
+        manager.watch.enter(manager.members["e1"], EngineState.ERROR)
+        assert 48 <= await refused_after(manager) <= 60
+
+    run(main())
+
+
+def test_where_no_engine_takes_requests_the_next_try_of_one_that_failed_counts():
+    async def main():
+        clock = Clock()
+        manager = one_at_a_time(clock, probe_every=2.0)
+        member = manager.members["e0"]
+        for _ in range(FAILURES + 4):
+            one = call()
+            manager.sent(member, one)
+            manager.ended(member, one, Outcome.FAILED, 0, None)
+        assert 16 <= await refused_after(manager) <= 20
+        clock.now += 10
+        assert 6 <= await refused_after(manager) <= 8
+        manager.watch.enter(member, EngineState.STARTING)
+        member.breaker = Breaker()
+        assert 2 <= await refused_after(manager) <= 3, "the next probe"
+
+    run(main())
+
+
+def test_times_to_come_again_are_bounded_and_differ():
+    assert {comeback(0.001, n) for n in range(10)} == {1, 2}
+    assert {comeback(1e9, n) for n in range(100)} == set(range(48, 61))
+    assert [comeback(20, n) for n in range(7)] == [20, 21, 22, 23, 24, 25, 20]
+
+
+def test_the_pace_of_an_engine_is_that_of_its_last_answers():
+    pace = Pace()
+    assert pace.rate(5) == float("inf")
+    pace.begins(0)
+    for second in range(1, 100):
+        pace.answered(second)
+    assert pace.rate(99) == 1
+    for half in range(1, 100):
+        pace.answered(99 + half / 2)
+    assert pace.rate(99 + 99 / 2) == 2
+
+
+def test_a_client_that_has_no_time_to_come_again_hears_why_at_once():
+    seen = []
+
+    async def counted(request):
+        seen.append(1)
+        return await busy(request)
+
+    async def use(manager):
+        async with await AsyncInferenceClient.create(manager=manager, timeout=5) as client:
+            with pytest.raises(QueueFull, match="full"):
+                await client.generate("x", model="m")
+
+    asyncio.run(with_engines([counted], use, attempts=1))
+    assert len(seen) == 1
 
 
 def test_a_stream_that_cannot_go_on_ends_with_an_error_and_not_with_an_end():
