@@ -22,7 +22,8 @@ class ControlPlaneConfig:
     """Folder for what started engines say; None: beside the registry, or the current folder."""
     probe_every: float = field(default=1.0, validator=checks.number(above=0))
     stall: float = field(default=60.0, validator=checks.number(above=0))
-    """A stream that says nothing for so long goes on elsewhere."""
+    """A stream that says nothing for so long goes on elsewhere; an engine that has requests, and counts no token for
+    so long, is lost."""
     attempts: int = field(default=3, validator=checks.whole())
     """Engines that a request without output is sent to, at most."""
     queue: int = field(default=1024, validator=checks.whole(0))

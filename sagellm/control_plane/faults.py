@@ -1,8 +1,10 @@
-"""When to leave an engine alone, and when to stop trying elsewhere."""
+"""When to leave an engine alone, when to give it up, and when to stop trying elsewhere."""
 
 from __future__ import annotations
 
 from attrs import define
+
+from sagellm.engine.stats import EngineLoad
 
 FAILURES = 3
 """In a row, after which an engine is left alone."""
@@ -47,6 +49,34 @@ class Breaker:
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self.failures - FAILURES))
         self.closed_at = now + pause
         return pause
+
+
+@define
+class Progress:
+    """Whether an engine that has requests gets on with them, by what it counts. Times are of the caller's clock."""
+
+    _counts: tuple[float | None, ...] = ()
+    _since: float | None = None
+    """When it was first seen with requests and these counts; None: it had none."""
+
+    def still(self, load: EngineLoad | None, requests: int, now: float) -> float:
+        """Seconds for which it had requests and counted nothing; 0 of an engine that does not tell what it counts.
+
+        `load`: as it says now; None: it did not. `requests`: those that were sent there, where it does not say.
+        """
+        counts, there = self._counts, requests
+        if load is not None:
+            counts = (load.prompt, load.generated, load.reused, load.kv_use)  # a long prompt fills the cache
+            if load.generated is None:
+                counts = ()
+            if load.running is not None:
+                there = load.running + (load.waiting or 0)
+        if not there or not counts:
+            self._since = None
+        elif self._since is None or counts != self._counts:
+            self._since = now
+        self._counts = counts
+        return 0.0 if self._since is None else now - self._since
 
 
 @define

@@ -11,7 +11,7 @@ from attrs import define, field
 
 from sagellm.control_plane.endpoint import Endpoint
 from sagellm.control_plane.face import features_of
-from sagellm.control_plane.faults import Breaker
+from sagellm.control_plane.faults import Breaker, Progress
 from sagellm.control_plane.types import EngineInfo
 from sagellm.control_plane.waiting import Pace
 from sagellm.engine.base import BaseInferenceEngine
@@ -33,11 +33,16 @@ class Member:
     """Set while no request of ours is there."""
     ready: asyncio.Event = field(factory=asyncio.Event)
     pace: Pace = field(factory=Pace)
+    progress: Progress = field(factory=Progress)
     probing: asyncio.Task | None = None
+    telling: asyncio.Task | None = None
+    """An object's `stats`, which may take longer than a probe waits."""
     load: EngineLoad = field(factory=EngineLoad)
     """As it told last."""
     detail: str = ""
     """Why it is not ready."""
+    draining: bool = False
+    """It was told to here, and does not know."""
 
     @property
     def features(self) -> frozenset[str]:

@@ -226,6 +226,7 @@ class Roster:
     async def start_engine_drain(self, engine_id: str) -> EngineInfo:
         """Send it nothing new."""
         member = self._member(engine_id)
+        member.draining = True
         self.watch.enter(member, EngineState.DRAINING)
         return member.info
 

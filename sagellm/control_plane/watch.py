@@ -12,10 +12,10 @@ from sagellm.control_plane.config import ControlPlaneConfig
 from sagellm.control_plane.endpoint import EngineLost
 from sagellm.control_plane.faults import Breaker
 from sagellm.control_plane.members import Member
-from sagellm.control_plane.remote import RemoteEngine
+from sagellm.control_plane.remote import PROBE_SECONDS, RemoteEngine
 from sagellm.control_plane.routing.fleet import Fleet
 from sagellm.control_plane.waiting import WaitingRoom
-from sagellm.engine.base import BaseInferenceEngine, EngineState, Health
+from sagellm.engine.base import EngineState, Health
 from sagellm.engine.stats import EngineLoad
 from sagellm.errors import UserError
 
@@ -39,6 +39,7 @@ class Watch:
     def end(self, member: Member) -> None:
         if member.probing is not None:
             member.probing.cancel()
+            member.probing = None
 
     async def _probes(self, member: Member) -> None:
         while True:
@@ -51,24 +52,42 @@ class Watch:
 
     async def probe(self, member: Member) -> None:
         """Ask an engine how it is, and, where it is well, how busy."""
-        engine = member.engine
-        health = await engine.health()
-        fresh = health.ready and member.info.state in (EngineState.STARTING, EngineState.ERROR)
-        if fresh and isinstance(engine, RemoteEngine):
+        info, load = member.info, None
+        health = await member.engine.health()
+        if health.ready:
+            load = await _load(member)
+            still = member.progress.still(load, info.active_requests, self._clock())
+            if still > self._config.stall:
+                self._stands_still(member, still)
+                return
+            if info.state in (EngineState.STARTING, EngineState.ERROR):
+                health = await self._discover(member)
+        self.answered(member, health)
+        if load is not None and info.engine_id in self._fleet:
+            member.load = load
+            self._fleet.set_load(info.engine_id, load)
+
+    def _stands_still(self, member: Member, seconds: float) -> None:
+        """It says that it is well, and gets nowhere with what it has: that is given up, and nothing is sent there."""
+        member.detail = f"it has requests and counted no token for {seconds:.3g} s"
+        member.info.consecutive_failures += 1
+        if member.info.state is not EngineState.ERROR:
+            log.warning("%s: %s", member.info.engine_id, member.detail)
+        self.enter(member, EngineState.ERROR)
+
+    async def _discover(self, member: Member) -> Health:
+        """What it serves and can do, as it is ready now and was not before."""
+        info, engine = member.info, member.engine
+        if isinstance(engine, RemoteEngine):
             try:
                 await engine.discover()
             except (EngineLost, UserError) as error:
-                health = Health(EngineState.ERROR, str(error))
-            else:
-                member.info.model_id = engine.model_id
-                if member.info.engine_kind == RemoteEngine.KIND:
-                    member.info.engine_kind = engine.kind
-                self.describe(member)
-        self.answered(member, health)
-        if health.ready:
-            with suppress(EngineLost, UserError):
-                member.load = await _load(engine)
-                self._fleet.set_load(member.info.engine_id, member.load)
+                return Health(EngineState.ERROR, str(error))
+            info.model_id = engine.model_id
+            if info.engine_kind == RemoteEngine.KIND:
+                info.engine_kind = engine.kind
+            self.describe(member)
+        return Health(EngineState.READY)
 
     def answered(self, member: Member, health: Health) -> None:
         """An engine said how it is, or did not answer."""
@@ -81,9 +100,7 @@ class Watch:
             return
         info.consecutive_failures = 0
         info.last_heartbeat = time.time()
-        if info.state is EngineState.DRAINING and health.ready:
-            return  # it was told to drain here, and does not know
-        self.enter(member, health.state)
+        self.enter(member, EngineState.DRAINING if health.ready and member.draining else health.state)
 
     def enter(self, member: Member, state: EngineState) -> None:
         before, member.info.state = member.info.state, state
@@ -132,7 +149,19 @@ class Watch:
             self._waiting.wake(info.model_id)
 
 
-async def _load(engine: BaseInferenceEngine) -> EngineLoad:
+async def _load(member: Member) -> EngineLoad | None:
+    """None: it did not tell."""
+    engine = member.engine
     if isinstance(engine, RemoteEngine):
-        return await engine.refresh()
-    return await asyncio.to_thread(engine.stats)
+        with suppress(EngineLost, UserError):
+            return await engine.refresh()
+        return None
+    if member.telling is None:
+        member.telling = asyncio.create_task(asyncio.to_thread(engine.stats))
+    done, _ = await asyncio.wait([member.telling], timeout=PROBE_SECONDS)
+    if not done:
+        return None  # no second thread is sent after the first
+    told, member.telling = member.telling, None
+    with suppress(UserError, TimeoutError):
+        return told.result()
+    return None

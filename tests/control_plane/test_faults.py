@@ -1,20 +1,23 @@
 """Engines die, stall and refuse: requests go elsewhere, and streams go on where they were."""
 
 import asyncio
+import itertools
 import os
 import signal
+from typing import ClassVar
 
 import pytest
 from planes import run, served
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 from sagellm.control_plane.app import make_app
 from sagellm.control_plane.calls import Call
 from sagellm.control_plane.client import AsyncInferenceClient
 from sagellm.control_plane.endpoint import AppEndpoint
-from sagellm.control_plane.faults import FAILURES, Breaker, RetryBudget
+from sagellm.control_plane.faults import FAILURES, Breaker, Progress, RetryBudget
 from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.control_plane.relay import Outcome
 from sagellm.control_plane.routing.decision import NoEngine
@@ -22,6 +25,7 @@ from sagellm.control_plane.types import RequestMetadata, RequestType
 from sagellm.control_plane.waiting import Pace, comeback
 from sagellm.engine.base import EngineState
 from sagellm.engine.engine import SageLLMEngine
+from sagellm.engine.stats import EngineLoad
 from sagellm.errors import QueueFull
 
 PROMPTS = [
@@ -91,11 +95,45 @@ def _json(value):
     return json.dumps(value)
 
 
-def engine_that(answers):
-    """An engine's server whose completions are what `answers(body)` gives."""
+class Counting:
+    """Requests for output that an application has, until they are answered to the end."""
+
+    here: ClassVar[list] = []
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["path"] != "/v1/completions":
+            return await self.app(scope, receive, send)
+        self.here.append(scope)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.here.remove(scope)
+
+
+def engine_that(answers, counts=None):
+    """An engine's server whose completions are what `answers(body)` gives.
+
+    Where there is `counts()`, it tells like one of ours how many requests it has, and so many tokens.
+    """
 
     async def completions(request):
         return await answers(await request.json())
+
+    async def info(request):
+        return JSONResponse({"engine_kind": "sagellm"})
+
+    async def metrics(request):
+        told = {
+            "running_sequences": len(Counting.here),
+            "waiting_sequences": 0,
+            "generated_tokens_total": counts(),
+        }
+        return PlainTextResponse("".join(f"sagellm_{name} {value}\n" for name, value in told.items()))
+
+    telling = [Route("/info", info), Route("/metrics", metrics)] if counts else []
 
     async def models(request):
         return JSONResponse({"data": [{"id": "m", "max_model_len": 100}]})
@@ -105,10 +143,12 @@ def engine_that(answers):
 
     return Starlette(
         routes=[
+            *telling,
             Route("/health", health),
             Route("/v1/models", models),
             Route("/v1/completions", completions, methods=["POST"]),
-        ]
+        ],
+        middleware=[Middleware(Counting)] if counts else [],
     )
 
 
@@ -149,7 +189,7 @@ async def half(body):
 
 
 async def with_engines(answers, use, **settings):
-    """A manager over servers that answer in these ways, in this order of preference."""
+    """A manager over servers that answer in these ways, or are given whole, in this order."""
     async with asyncio.timeout(60):
         manager = ControlPlaneManager(probe_every=0.05, strategy="round_robin", **settings)
         await manager.start()
@@ -157,7 +197,8 @@ async def with_engines(answers, use, **settings):
 
         async with AsyncExitStack() as stack:
             for number, how in enumerate(answers):
-                port = await stack.enter_async_context(served(engine_that(how)))
+                app = how if isinstance(how, Starlette) else engine_that(how)
+                port = await stack.enter_async_context(served(app))
                 manager.register_engine(f"e{number}", "m", "127.0.0.1", port)
             for name in list(manager.members):
                 await manager.wait_until_ready(name)
@@ -177,15 +218,82 @@ async def answer(manager, stream=False, **more):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("how", [broken, busy, silent])
+@pytest.mark.parametrize("how", [broken, busy])
 def test_a_request_without_output_goes_elsewhere(how, stream):
     async def use(manager):
         return [await answer(manager, stream, preferred_instance_id="e0") for _ in range(2)]
 
-    if how is silent and not stream:
-        pytest.skip("a whole answer may take its time: only its engine's health says that it is lost")
-    for status, text, headers in asyncio.run(with_engines([how, well], use, stall=0.3)):
+    for status, text, headers in asyncio.run(with_engines([how, well], use)):
         assert (status, headers["x-sagellm-engine"]) == (200, "e1") and "well" in text
+
+
+@pytest.mark.parametrize("counts", [None, lambda: 7])
+def test_a_stream_that_says_nothing_goes_elsewhere(counts):
+    async def use(manager):
+        return [await answer(manager, True, preferred_instance_id="e0") for _ in range(2)]
+
+    for status, text, headers in asyncio.run(
+        with_engines([engine_that(silent, counts), well], use, stall=0.3)
+    ):
+        assert (status, headers["x-sagellm-engine"]) == (200, "e1") and "well" in text
+
+
+async def never(body):
+    """Not even the head of an answer."""
+    await asyncio.sleep(30)
+
+
+@pytest.mark.parametrize("how", [silent, never])
+def test_a_whole_answer_of_an_engine_that_counts_no_token_any_more_goes_elsewhere(how):
+    async def use(manager):
+        found = await answer(manager, preferred_instance_id="e0")
+        assert manager.outcomes == {("e0", "failed"): 1, ("e1", "answered"): 1}
+        if how is silent:  # which ends when its client goes: the engine has nothing to do, and is well again
+            await manager.wait_until_ready("e0", 20)
+        else:
+            (engine, _) = manager.get_cluster_status()["engines"]
+            assert engine["state"] == "error" and "counted no token for" in engine["detail"]
+        return found
+
+    stuck = engine_that(how, lambda: 7)
+    status, text, headers = asyncio.run(with_engines([stuck, well], use, stall=0.3))
+    assert (status, headers["x-sagellm-engine"]) == (200, "e1") and "well" in text
+
+
+def test_a_whole_answer_may_take_its_time_while_its_engine_counts_tokens():
+    tokens = itertools.count()
+
+    async def slow(body):
+        while next(tokens) < 60:  # with every look at the engine's counts there are more
+            await asyncio.sleep(0.02)
+        return await well(body)
+
+    async def use(manager):
+        return await answer(manager, preferred_instance_id="e0")
+
+    steady = engine_that(slow, lambda: next(tokens))
+    status, _, headers = asyncio.run(with_engines([steady, well], use, stall=0.3))
+    assert (status, headers["x-sagellm-engine"]) == (200, "e0")
+
+
+def test_progress_is_judged_of_what_an_engine_tells():
+    """It stands still from when it has requests and counts nothing; where it is silent, those sent there count."""
+
+    def after(*said, requests=1):
+        progress = Progress()
+        return [progress.still(load, requests, 10.0 * at) for at, load in enumerate(said)]
+
+    def load(running, generated, **more):
+        return EngineLoad(running=running, waiting=0, generated=generated, **more)
+
+    assert after(load(1, 5), load(1, 5), load(1, 5), load(1, 6)) == [0, 10, 20, 0]
+    assert after(load(0, 5), load(1, 5), load(1, 5)) == [0, 0, 10], "its request may have come just now"
+    assert after(load(0, 5), load(0, 5), load(0, 5)) == [0, 0, 0], "it has nothing to do"
+    assert after(load(1, 5, kv_use=0.1), load(1, 5, kv_use=0.2)) == [0, 0], "a long prompt is being computed"
+    assert after(load(1, 5), None, None) == [0, 10, 20], "it does not answer any more"
+    assert after(load(1, 5), None, None, requests=0) == [0, 0, 0]
+    assert after(EngineLoad(running=1), EngineLoad(running=1)) == [0, 0], "it does not tell what it counts"
+    assert after(None, None) == [0, 0]
 
 
 def test_the_last_refusal_is_the_answer_with_its_retry_after():
