@@ -172,13 +172,13 @@ class ControlPlaneManager(Roster):
         member.idle.clear()
         member.pace.begins(self.clock())
         member.breaker.sent()
-        if info.engine_id in self.fleet:
+        if not member.gone:
             self.fleet.sent(info.engine_id, call.ask)
             if member.breaker.trying:
                 self.watch.tell(member)
 
     def first_token(self, member: Member, call: Call, seconds: float) -> None:
-        if member.info.engine_id in self.fleet:
+        if not member.gone:
             self.fleet.first_token(member.info.engine_id, call.ask, seconds)
 
     def ended(self, member: Member, call: Call, outcome: Outcome, made: int, per_token: float | None) -> None:
@@ -189,7 +189,7 @@ class ControlPlaneManager(Roster):
         if not info.active_requests:
             member.pace.rests(self.clock())
             member.idle.set()
-        if info.engine_id in self.fleet:
+        if not member.gone:
             if outcome is Outcome.ANSWERED:
                 self.fleet.finished(info.engine_id, call.ask, made, per_token)
             else:

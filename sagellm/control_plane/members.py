@@ -43,6 +43,8 @@ class Member:
     """Why it is not ready."""
     draining: bool = False
     """It was told to here, and does not know."""
+    gone: bool = False
+    """It was unregistered; another may have its id."""
 
     @property
     def features(self) -> frozenset[str]:

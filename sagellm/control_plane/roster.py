@@ -214,7 +214,7 @@ class Roster:
         del self.members[engine_id]
         self.fleet.remove(engine_id)
         self.watch.end(member)
-        member.info.state = EngineState.STOPPED
+        member.info.state, member.gone = EngineState.STOPPED, True
         member.lost.set()
         if isinstance(member.engine, RemoteEngine) and self._running:
             closing = asyncio.create_task(member.engine.endpoint.aclose())

@@ -63,7 +63,7 @@ class Watch:
             if info.state in (EngineState.STARTING, EngineState.ERROR):
                 health = await self._discover(member)
         self.answered(member, health)
-        if load is not None and info.engine_id in self._fleet:
+        if load is not None and not member.gone:
             member.load = load
             self._fleet.set_load(info.engine_id, load)
 
@@ -141,8 +141,8 @@ class Watch:
     def tell(self, member: Member) -> None:
         """Tell the fleet, and who waits, whether it takes requests now."""
         info = member.info
-        if info.engine_id not in self._fleet:
-            return  # it was unregistered meanwhile
+        if member.gone:
+            return
         accepting = info.is_accepting_requests and member.breaker.allows(self._clock())
         self._fleet.set_state(info.engine_id, accepting)
         if accepting:

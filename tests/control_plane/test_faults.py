@@ -376,6 +376,23 @@ def test_a_refused_client_is_told_what_all_engines_together_need():
     run(main())
 
 
+def test_the_pause_of_an_engine_that_left_is_not_that_of_the_next_with_its_id():
+    async def main():
+        manager = one_at_a_time(Clock())
+        old = manager.members["e0"]
+        requests = [call() for _ in range(FAILURES)]
+        for one in requests:
+            manager.sent(old, one)
+        manager.unregister_engine("e0")
+        manager.register_engine("e0", "m", "127.0.0.1", 9)
+        manager.watch.enter(manager.members["e0"], EngineState.READY)
+        for one in requests:
+            manager.ended(old, one, Outcome.FAILED, 0, None)
+        assert manager.router.choose(call().ask).chosen == "e0"
+
+    run(main())
+
+
 def test_where_no_engine_takes_requests_the_next_try_of_one_that_failed_counts():
     async def main():
         clock = Clock()
