@@ -26,6 +26,11 @@ class Member:
     info: EngineInfo
     engine: BaseInferenceEngine
     endpoint: Endpoint
+    ours: bool = False
+    """It was started here, and is stopped here."""
+    starting: asyncio.Task | None = None
+    """An object's `start`."""
+    start_error: str = ""
     breaker: Breaker = field(factory=Breaker)
     lost: asyncio.Event = field(factory=asyncio.Event)
     """Set when it does not answer any more: what is open there is given up."""
@@ -45,6 +50,11 @@ class Member:
     """It was told to here, and does not know."""
     gone: bool = False
     """It was unregistered; another may have its id."""
+
+    @property
+    def made(self) -> bool:
+        """Its object was made here, of an address, and ends when it is forgotten."""
+        return self.info.host is not None
 
     @property
     def features(self) -> frozenset[str]:

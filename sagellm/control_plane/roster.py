@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -25,6 +26,8 @@ from sagellm.control_plane.waiting import WaitingRoom
 from sagellm.control_plane.watch import Watch
 from sagellm.engine.base import BaseInferenceEngine, EngineState, Health
 from sagellm.errors import UserError, unknown
+
+log = logging.getLogger(__name__)
 
 
 class Roster:
@@ -64,7 +67,7 @@ class Roster:
             if row["engine_id"] not in self.members:
                 await self._readopt(EngineInfo(**row))
         for member in self.members.values():
-            self.watch.begin(member)
+            self._begin(member)
 
     async def _readopt(self, info: EngineInfo) -> None:
         """An engine of before: attached to again; one that this control plane had started can be stopped again."""
@@ -75,12 +78,12 @@ class Roster:
 
     async def stop(self, drain_s: float = 30) -> None:
         """End: requests may go on for so long; engines that were started here end, others go on."""
-        started = [m for m in self.members.values() if m.info.metadata.get("started")]
-        await asyncio.gather(*(self.stop_engine_gracefully(m.info.engine_id, drain_s) for m in started))
+        ours = [m.info.engine_id for m in self.members.values() if m.ours]
+        await asyncio.gather(*(self.stop_engine_gracefully(name, drain_s) for name in ours))
         for member in self.members.values():
             self.watch.end(member)
-            if isinstance(member.engine, RemoteEngine):
-                await member.engine.endpoint.aclose()
+            if member.made:
+                await member.endpoint.aclose()
         self._running = False
         await asyncio.gather(*self._closing)
 
@@ -99,7 +102,9 @@ class Roster:
     ) -> EngineInfo:
         """`register_engine("sagellm", engine)` takes an engine in this process; the long form one at an address.
 
-        It need not run yet: it is STARTING until it answers, and READY from then on.
+        It need not run yet: it is STARTING until it answers, and READY from then on. An object whose `start` nobody
+        has called, which its state STARTING says, is started here, and stopped with this control plane or by
+        `stop_engine_gracefully`; one that runs already is only used, as is whatever listens at an address.
         """
         self._refuse_known(engine_id)
         facts = dict(metadata or {})
@@ -140,13 +145,29 @@ class Roster:
         return self._add(info, engine, engine.endpoint)
 
     def _add(self, info: EngineInfo, engine: BaseInferenceEngine, endpoint: Endpoint) -> Member:
-        member = Member(info, engine, endpoint)
+        member = Member(info, engine, endpoint, ours=bool(info.metadata.get("started")))
         member.idle.set()
         self.members[info.engine_id] = member
         self.watch.describe(member)
         if self._running:
-            self.watch.begin(member)
+            self._begin(member)
         return member
+
+    def _begin(self, member: Member) -> None:
+        if not member.made and member.engine.state is EngineState.STARTING:
+            member.ours = True
+            member.starting = asyncio.create_task(self._start_object(member))
+        self.watch.begin(member)
+
+    async def _start_object(self, member: Member) -> None:
+        try:
+            await member.engine.start()
+        except Exception as error:  # whatever a stranger's raises, it is told where one asks for the engine
+            log.warning("%s did not start", member.info.engine_id, exc_info=error)
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            member.ours, member.start_error = False, f"{kind}{error}"
+        else:  # `start` returns when it is ready, or at once where somebody else is at it
+            member.ours = (await member.engine.health()).ready
 
     def _keep(self) -> None:
         self._registry.write(member.info for member in self.members.values())
@@ -194,10 +215,10 @@ class Roster:
     async def wait_until_ready(self, engine_id: str, timeout: float = 600) -> EngineInfo:
         """Raises UserError where it ends, or is not ready in time."""
         member = self._member(engine_id)
-        limit = self.clock() + timeout
+        engine, limit = member.engine, self.clock() + timeout
         while member.info.state is not EngineState.READY:
-            engine = member.engine
-            if isinstance(engine, ServerAdapter) and (why := await engine.ended()):
+            why = await engine.ended() if isinstance(engine, ServerAdapter) else ""
+            if why := why or member.start_error:
                 self.unregister_engine(engine_id)
                 raise UserError(why)
             if self.clock() > limit:
@@ -214,10 +235,12 @@ class Roster:
         del self.members[engine_id]
         self.fleet.remove(engine_id)
         self.watch.end(member)
+        if member.starting is not None:
+            member.starting.cancel()
         member.info.state, member.gone = EngineState.STOPPED, True
         member.lost.set()
-        if isinstance(member.engine, RemoteEngine) and self._running:
-            closing = asyncio.create_task(member.engine.endpoint.aclose())
+        if member.made and self._running:
+            closing = asyncio.create_task(member.endpoint.aclose())
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
         self._keep()
@@ -236,7 +259,10 @@ class Roster:
         await self.start_engine_drain(engine_id)
         with suppress(TimeoutError):
             await asyncio.wait_for(member.idle.wait(), drain_s)
-        if member.info.metadata.get("started"):
+        if member.ours:
+            if member.starting is not None:
+                member.starting.cancel()
+                await asyncio.wait([member.starting])
             await member.engine.stop(drain_s)
         if engine_id in self.members:
             self.unregister_engine(engine_id)

@@ -62,6 +62,8 @@ class Watch:
                 return
             if info.state in (EngineState.STARTING, EngineState.ERROR):
                 health = await self._discover(member)
+        elif member.start_error:
+            health = Health(EngineState.ERROR, member.start_error)
         self.answered(member, health)
         if load is not None and not member.gone:
             member.load = load
@@ -83,10 +85,10 @@ class Watch:
                 await engine.discover()
             except (EngineLost, UserError) as error:
                 return Health(EngineState.ERROR, str(error))
-            info.model_id = engine.model_id
             if info.engine_kind == RemoteEngine.KIND:
                 info.engine_kind = engine.kind
-            self.describe(member)
+        info.model_id = engine.model_id
+        self.describe(member)
         return Health(EngineState.READY)
 
     def answered(self, member: Member, health: Health) -> None:

@@ -209,7 +209,8 @@ class BaseInferenceEngine(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Be ready for requests; does nothing where it is."""
+        """Be ready for requests; does nothing where it is. Until then the state is STARTING, and a control plane that
+        is given the engine calls this."""
 
     @abstractmethod
     async def stop(self, drain_s: float = 30) -> None:

@@ -7,11 +7,13 @@ import socket
 import pytest
 import uvicorn
 from planes import run, served
+from third_party import Echo
 
 from sagellm.batch import SamplingParams
 from sagellm.control_plane.client import AsyncInferenceClient, UnifiedInferenceClient
 from sagellm.control_plane.endpoint import HttpEndpoint
 from sagellm.control_plane.manager import ControlPlaneManager
+from sagellm.control_plane.plain import plain_app
 from sagellm.control_plane.remote import RemoteEngine
 from sagellm.control_plane.types import RequestMetadata
 from sagellm.engine.base import EngineState, GenerateRequest
@@ -72,6 +74,97 @@ def test_an_engine_that_is_registered_before_it_listens_becomes_ready(engine):
             await asyncio.sleep(0.02)
         assert manager.get_engine_state("later") is EngineState.ERROR
         assert manager.prune() == ["later"]
+        await manager.stop()
+
+    run(main())
+
+
+@pytest.mark.parametrize("first", ["the plane", "the engine"])
+def test_an_object_that_nobody_has_started_is_started_and_stopped(first):
+    async def main():
+        manager, echo = ControlPlaneManager(probe_every=0.05), Echo()
+        if first == "the plane":
+            await manager.start()
+        manager.register_engine("echo", echo)
+        await manager.start()
+        await manager.wait_until_ready("echo")
+        answer = await manager.submit_request(RequestMetadata(prompt="ab", max_tokens=3, temperature=0))
+        assert answer["choices"][0]["text"] == "aba"
+        await manager.stop()
+        return echo.state
+
+    assert run(main()) is EngineState.STOPPED
+
+
+class Patient(Echo):
+    """It is started once, however often `start` is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.starts, self.go_on = 0, asyncio.Event()
+
+    async def start(self):
+        self.starts += 1
+        if self.starts == 1:
+            await self.go_on.wait()
+            await super().start()
+
+
+def test_an_object_that_somebody_else_started_goes_on():
+    """Also where it was about to be ready when it was registered."""
+
+    async def main():
+        manager = await plane()
+        running, about_to = Echo(), Patient()
+        await running.start()
+        theirs = asyncio.create_task(about_to.start())
+        await asyncio.sleep(0)
+        async with served(plain_app(running)) as port:
+            remote = RemoteEngine(f"http://127.0.0.1:{port}")
+            await remote.start()
+            for name, one in {"running": running, "about-to": about_to, "remote": remote}.items():
+                manager.register_engine(name, one)
+            await manager.wait_until_ready("running")
+            await manager.wait_until_ready("remote")
+            while about_to.starts < 2:
+                await asyncio.sleep(0.01)
+            about_to.go_on.set()
+            await theirs
+            await manager.wait_until_ready("about-to")
+            assert about_to.starts == 2
+            await manager.stop_engine_gracefully("running")
+            await manager.stop()
+            assert [(await one.health()).ready for one in (running, about_to, remote)] == [True] * 3
+            await remote.stop()
+
+    run(main())
+
+
+def test_an_object_that_is_told_to_stop_while_it_starts_ends():
+    async def main():
+        manager, echo = await plane(), Patient()
+        manager.register_engine("echo", echo)
+        while not echo.starts:
+            await asyncio.sleep(0.01)
+        await manager.stop()
+        return echo.state
+
+    assert run(main()) is EngineState.STOPPED
+
+
+def test_an_object_that_does_not_start_says_why_in_one_line():
+    class Broken(Echo):
+        async def start(self):
+            raise OSError("no such device")
+
+    async def main():
+        manager = await plane()
+        manager.register_engine("echo", Broken())
+        while manager.get_engine_state("echo") is not EngineState.ERROR:
+            await asyncio.sleep(0.01)
+        assert manager.get_cluster_status()["engines"][0]["detail"] == "OSError: no such device"
+        with pytest.raises(UserError, match=r"^OSError: no such device$"):
+            await manager.wait_until_ready("echo")
         await manager.stop()
 
     run(main())
