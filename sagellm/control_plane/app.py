@@ -51,7 +51,7 @@ class RegisterRequest(_Strict):
     host: Name
     port: int = Field(ge=1, le=65535)
     engine_kind: Name = "llm"
-    api_key: Name | None = None
+    api_key: str | None = None
     metadata: dict[Name, Any] = Field({}, max_length=64)
 
 

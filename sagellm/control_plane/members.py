@@ -26,6 +26,8 @@ class Member:
     info: EngineInfo
     engine: BaseInferenceEngine
     endpoint: Endpoint
+    api_key: str | None = field(default=None, repr=False)
+    """That its server wants; no answer, decision or line of a log shows it."""
     ours: bool = False
     """It was started here, and is stopped here."""
     starting: asyncio.Task | None = None
@@ -76,6 +78,8 @@ def check_facts(facts: Mapping[str, Any]) -> None:
         raise UserError(
             f"metadata.{min(own)} is given; accepted: without it, as it is of engines started here"
         )
+    if "api_key" in facts:
+        raise UserError("metadata.api_key is given; accepted: api_key beside metadata, which answers show")
     for name, least in (("max_concurrent", 1), ("tensor_parallel", 1), ("cost_per_token", 0)):
         value = facts.get(name)
         kinds = int if least else (int, float)
@@ -83,3 +87,9 @@ def check_facts(facts: Mapping[str, Any]) -> None:
             raise UserError(f"metadata.{name} is {value!r}; accepted: a number of at least {least}")
     if not isinstance(facts.get("labels") or {}, Mapping):
         raise UserError(f"metadata.labels is {facts['labels']!r}; accepted: names with values")
+
+
+def check_key(key: str | None) -> None:
+    """Raises UserError for what no header can hold; the key itself is not repeated."""
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise UserError("api_key is empty, or has blanks or letters beyond ASCII; accepted: a key without")

@@ -16,7 +16,7 @@ from sagellm.control_plane.config import ControlPlaneConfig
 from sagellm.control_plane.endpoint import Endpoint
 from sagellm.control_plane.face import endpoint_of
 from sagellm.control_plane.launch import Launcher, LocalLauncher
-from sagellm.control_plane.members import Member, check_facts
+from sagellm.control_plane.members import Member, check_facts, check_key
 from sagellm.control_plane.registry import Registry
 from sagellm.control_plane.remote import RemoteEngine
 from sagellm.control_plane.routing.fleet import Fleet
@@ -62,17 +62,19 @@ class Roster:
         """Probe the engines from now on; those of the registry too."""
         if self._running:
             return
-        self._running = True
+        keys = self._registry.keys()
         for row in self._registry.read():
             if row["engine_id"] not in self.members:
-                await self._readopt(EngineInfo(**row))
+                self._readopt(EngineInfo(**row), keys.get(row["engine_id"]))
+        self._running = True
+        self._keep()
         for member in self.members.values():
             self._begin(member)
 
-    async def _readopt(self, info: EngineInfo) -> None:
+    def _readopt(self, info: EngineInfo, api_key: str | None) -> None:
         """An engine of before: attached to again; one that this control plane had started can be stopped again."""
         assert info.address is not None
-        member = self._attach(info, info.metadata.get("api_key"))
+        member = self._attach(info, api_key)
         if isinstance(member.engine, ServerAdapter) and (pid := info.metadata.get("pid")):
             member.engine.adopt(self.launcher, int(pid), info.port, self._log(info.engine_id))
 
@@ -105,10 +107,13 @@ class Roster:
         It need not run yet: it is STARTING until it answers, and READY from then on. An object whose `start` nobody
         has called, which its state STARTING says, is started here, and stopped with this control plane or by
         `stop_engine_gracefully`; one that runs already is only used, as is whatever listens at an address.
+
+        `api_key`: that the server at the address wants. With a registry it is kept there, see `Registry`.
         """
         self._refuse_known(engine_id)
         facts = dict(metadata or {})
         check_facts(facts)
+        check_key(api_key)
         if isinstance(model_id, str):
             if host is None or port is None:
                 raise UserError("host and port are missing; accepted: both, or an engine object")
@@ -121,6 +126,8 @@ class Roster:
                 metadata=facts,
             )
             member = self._attach(info, api_key)
+        elif api_key is not None:
+            raise UserError("api_key is given with an engine object; accepted: with an address")
         else:
             engine, through = model_id, endpoint_of(model_id)
             kind = getattr(engine, "KIND", "sagellm")
@@ -142,10 +149,12 @@ class Roster:
             make = adapters.adapter(info.engine_kind)
         assert info.address is not None
         engine = make(info.address, info.model_id, engine_id=info.engine_id, api_key=api_key)
-        return self._add(info, engine, engine.endpoint)
+        return self._add(info, engine, engine.endpoint, api_key)
 
-    def _add(self, info: EngineInfo, engine: BaseInferenceEngine, endpoint: Endpoint) -> Member:
-        member = Member(info, engine, endpoint, ours=bool(info.metadata.get("started")))
+    def _add(
+        self, info: EngineInfo, engine: BaseInferenceEngine, endpoint: Endpoint, api_key: str | None = None
+    ) -> Member:
+        member = Member(info, engine, endpoint, api_key, ours=bool(info.metadata.get("started")))
         member.idle.set()
         self.members[info.engine_id] = member
         self.watch.describe(member)
@@ -170,7 +179,10 @@ class Roster:
             member.ours = (await member.engine.health()).ready
 
     def _keep(self) -> None:
-        self._registry.write(member.info for member in self.members.values())
+        """Write the registry, once it was read: before that, engines of before would be forgotten."""
+        if self._running:
+            keys = {name: m.api_key for name, m in self.members.items() if m.api_key is not None}
+            self._registry.write((member.info for member in self.members.values()), keys)
 
     async def request_engine_startup(
         self,

@@ -10,8 +10,9 @@ from planes import run, served
 from third_party import Echo
 
 from sagellm.batch import SamplingParams
+from sagellm.control_plane.app import make_app
 from sagellm.control_plane.client import AsyncInferenceClient, UnifiedInferenceClient
-from sagellm.control_plane.endpoint import HttpEndpoint
+from sagellm.control_plane.endpoint import AppEndpoint, HttpEndpoint
 from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.control_plane.plain import plain_app
 from sagellm.control_plane.remote import RemoteEngine
@@ -20,6 +21,7 @@ from sagellm.engine.base import EngineState, GenerateRequest
 from sagellm.engine.engine import SageLLMEngine
 from sagellm.errors import UserError
 from sagellm.server.app import app_of
+from sagellm.server.config import ServerConfig
 
 MESSAGES = [{"role": "user", "content": "你好"}]
 
@@ -330,6 +332,69 @@ def test_a_registry_brings_engines_back(engine, tmp_path):
     run(main())
 
 
+def test_the_key_of_an_engine_is_kept_and_never_shown(engine, tmp_path, caplog):
+    """Whoever asks the control plane, whatever it keeps of requests and engines, and whatever it logs."""
+    caplog.set_level("DEBUG")
+    registry = tmp_path / "engines.json"
+
+    async def shown(manager):
+        here = AppEndpoint(make_app(manager))
+        paths = ["/v1/models", "/metrics", "/info", "/ready"]
+        paths += [
+            f"/v1/management/{name}" for name in ("engines", "engines/one", "status", "decisions", "backends")
+        ]
+        return "".join([(await (await here.send("GET", path)).read()).decode() for path in paths])
+
+    async def main():
+        app = app_of(engine, ServerConfig(api_keys=("hidden-word",)))
+        async with served(app) as port:
+            first = await plane(registry=registry)
+            body = {"engine_id": "one", "model_id": engine.model_id, "host": "127.0.0.1", "port": port}
+            register = "/v1/management/engines/register"
+            reply = await AppEndpoint(make_app(first)).send(
+                "POST", register, body | {"api_key": "hidden-word"}
+            )
+            said = (await reply.read()).decode()
+            await first.wait_until_ready("one")
+            await first.stop()
+            second = await plane(registry=registry)
+            await second.wait_until_ready("one")
+            answer = await second.submit_request(RequestMetadata(prompt="Once", max_tokens=2))
+            assert answer["usage"]["completion_tokens"] == 2
+            said += await shown(second) + repr(second.members) + registry.read_text()
+            second.unregister_engine("one")
+            await second.stop()
+        assert "hidden-word" not in said + caplog.text
+        assert [path.name for path in tmp_path.iterdir()] == ["engines.json"]
+
+    run(main())
+
+
+def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated():
+    for key in ("", "two words", "schlüssel", "line\n"):
+        with pytest.raises(UserError, match="api_key is empty, or has") as refused:
+            ControlPlaneManager().register_engine("one", "m", "127.0.0.1", 1, api_key=key)
+        assert not key or key not in str(refused.value)
+
+
+def test_an_engine_that_is_registered_before_the_start_does_not_push_out_those_that_are_kept(tmp_path):
+    async def main():
+        registry = tmp_path / "engines.json"
+        first = await plane(registry=registry)
+        first.register_engine("one", "m", "127.0.0.1", 9)
+        await first.stop()
+        second = ControlPlaneManager(registry=registry)
+        second.register_engine("two", "m", "127.0.0.1", 9)
+        await second.start()
+        assert set(second.members) == {"one", "two"}
+        await second.stop()
+        third = await plane(registry=registry)
+        assert set(third.members) == {"one", "two"}
+        await third.stop()
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     "given, said",
     [
@@ -337,6 +402,7 @@ def test_a_registry_brings_engines_back(engine, tmp_path):
         (("one", "m"), "host and port are missing"),
         (("one", "m", "127.0.0.1", 1, "tgi"), "unknown engine kind 'tgi'"),
         (("one", object()), "is no engine"),
+        (("one", "m", "127.0.0.1", 1, "llm", {"api_key": "x"}), "metadata.api_key is given"),
     ],
 )
 def test_what_is_no_engine_is_refused_in_one_line(given, said):
