@@ -245,6 +245,13 @@ class BaseInferenceEngine(ABC):
     async def chat(self, messages: Sequence[dict], sampling: SamplingParams | None = None) -> GenerateResult:
         """One answer to a conversation, with the model's chat template."""
 
+    def chat_prompt(self, messages: Sequence[dict]) -> Sequence[int] | None:
+        """Token ids that `chat` makes of a conversation: `stream` of them says what `chat` says, piece by piece.
+
+        None, as here: the engine does not tell, and its chats come in one piece.
+        """
+        return None
+
     @abstractmethod
     async def embed(
         self, texts: Sequence[Prompt], pooling: str = "mean", normalize: bool = True
