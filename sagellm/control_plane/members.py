@@ -43,7 +43,7 @@ class Member:
     progress: Progress = field(factory=Progress)
     probing: asyncio.Task | None = None
     telling: asyncio.Task | None = None
-    """An object's `stats`, which may take longer than a probe waits."""
+    """How busy it is; it may take longer to say so than a probe waits."""
     load: EngineLoad = field(factory=EngineLoad)
     """As it told last."""
     detail: str = ""

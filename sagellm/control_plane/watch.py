@@ -37,9 +37,10 @@ class Watch:
             member.probing = asyncio.create_task(self._probes(member))
 
     def end(self, member: Member) -> None:
-        if member.probing is not None:
-            member.probing.cancel()
-            member.probing = None
+        for task in (member.probing, member.telling):
+            if task is not None:
+                task.cancel()
+        member.probing = member.telling = None
 
     async def _probes(self, member: Member) -> None:
         while True:
@@ -55,7 +56,7 @@ class Watch:
         info, load = member.info, None
         health = await member.engine.health()
         if health.ready:
-            load = await _load(member)
+            load = await self._load(member)
             still = member.progress.still(load, info.active_requests, self._clock())
             if still > self._config.stall:
                 self._stands_still(member, still)
@@ -150,20 +151,24 @@ class Watch:
         if accepting:
             self._waiting.wake(info.model_id)
 
-
-async def _load(member: Member) -> EngineLoad | None:
-    """None: it did not tell."""
-    engine = member.engine
-    if isinstance(engine, RemoteEngine):
-        with suppress(EngineLost, UserError):
-            return await engine.refresh()
-        return None
-    if member.telling is None:
-        member.telling = asyncio.create_task(asyncio.to_thread(engine.stats))
-    done, _ = await asyncio.wait([member.telling], timeout=PROBE_SECONDS)
-    if not done:
-        return None  # no second thread is sent after the first
-    told, member.telling = member.telling, None
-    with suppress(UserError, TimeoutError):
-        return told.result()
-    return None
+    async def _load(self, member: Member) -> EngineLoad | None:
+        """None: it does not tell now. An engine that is slow to tell, as in a long step, is not asked twice at once."""
+        engine = member.engine
+        if member.telling is None:
+            asks = (
+                engine.refresh(self._config.stall)
+                if isinstance(engine, RemoteEngine)
+                else asyncio.to_thread(engine.stats)
+            )
+            member.telling = asyncio.create_task(asks)
+        done, _ = await asyncio.wait([member.telling], timeout=PROBE_SECONDS)
+        if not done:
+            return None
+        told, member.telling = member.telling, None
+        try:
+            return told.result()
+        except (EngineLost, UserError, TimeoutError):
+            return None
+        except Exception:  # it may be well all the same
+            log.exception("what %s tells of its load cannot be read", member.info.engine_id)
+            return None

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import signal
+import threading
 from typing import ClassVar
 
 import pytest
@@ -12,7 +13,9 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route
+from third_party import Echo
 
+from sagellm.control_plane import watch
 from sagellm.control_plane.app import make_app
 from sagellm.control_plane.calls import Call
 from sagellm.control_plane.client import AsyncInferenceClient
@@ -274,6 +277,44 @@ def test_a_whole_answer_may_take_its_time_while_its_engine_counts_tokens():
     steady = engine_that(slow, lambda: next(tokens))
     status, _, headers = asyncio.run(with_engines([steady, well], use, stall=0.3))
     assert (status, headers["x-sagellm-engine"]) == (200, "e0")
+
+
+def test_an_engine_object_that_does_not_tell_any_more_is_lost_until_it_does(monkeypatch):
+    """As where its core hangs. It is asked once, however often it is probed meanwhile."""
+
+    class Hanging(Echo):
+        go_on, asked = threading.Event(), 0
+
+        def stats(self):
+            self.asked += 1
+            assert self.go_on.wait(60)
+            return super().stats()
+
+    async def main():
+        clock, engine = Clock(), Hanging()
+        manager = ControlPlaneManager(clock=clock, stall=60)
+        await engine.start()
+        manager.register_engine("e0", engine)
+        member = manager.members["e0"]
+        engine.go_on.set()
+        await manager.watch.probe(member)
+        manager.sent(member, call())
+        engine.go_on.clear()
+        states = []
+        for _ in range(5):
+            await manager.watch.probe(member)
+            states.append(member.info.state)
+            clock.now += 25
+        assert states == [EngineState.READY] * 3 + [EngineState.ERROR] * 2
+        assert member.lost.is_set() and engine.asked == 2
+        engine.generated += 1
+        engine.go_on.set()
+        await member.telling
+        await manager.watch.probe(member)
+        assert member.info.state is EngineState.READY and not member.lost.is_set()
+
+    monkeypatch.setattr(watch, "PROBE_SECONDS", 0.02)
+    run(main())
 
 
 def test_progress_is_judged_of_what_an_engine_tells():
