@@ -57,26 +57,30 @@ class Progress:
 
     _counts: tuple[float | None, ...] = ()
     _since: float | None = None
-    """When it was first seen with requests and these counts; None: it had none."""
+    """When it was first seen with requests and these counts; None: it had none, or moved. Its silence changes nothing,
+    nor that requests are taken away from it then."""
 
     def still(self, load: EngineLoad | None, requests: int, now: float) -> float:
         """Seconds for which it had requests and counted nothing; 0 of an engine that does not tell what it counts.
 
         `load`: as it says now; None: it did not. `requests`: those that were sent there, where it does not say.
         """
-        counts, there = self._counts, requests
         if load is not None:
             counts = (load.prompt, load.generated, load.reused, load.kv_use)  # a long prompt fills the cache
             if load.generated is None:
                 counts = ()
             if load.running is not None:
-                there = load.running + (load.waiting or 0)
-        if not there or not counts:
-            self._since = None
-        elif self._since is None or counts != self._counts:
+                requests = load.running + (load.waiting or 0)
+            if not requests or counts != self._counts:
+                self._since = None
+            self._counts = counts
+        if self._since is None and requests and self._counts:
             self._since = now
-        self._counts = counts
         return 0.0 if self._since is None else now - self._since
+
+    def moved(self) -> None:
+        """It answered a request, or began to."""
+        self._since = None
 
 
 @define

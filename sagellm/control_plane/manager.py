@@ -178,6 +178,7 @@ class ControlPlaneManager(Roster):
                 self.watch.tell(member)
 
     def first_token(self, member: Member, call: Call, seconds: float) -> None:
+        member.progress.moved()
         if not member.gone:
             self.fleet.first_token(member.info.engine_id, call.ask, seconds)
 
@@ -186,6 +187,7 @@ class ControlPlaneManager(Roster):
         info.active_requests -= 1
         if outcome is Outcome.ANSWERED:
             member.pace.answered(self.clock())
+            member.progress.moved()
         if not info.active_requests:
             member.pace.rests(self.clock())
             member.idle.set()

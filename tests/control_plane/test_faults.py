@@ -298,7 +298,8 @@ def test_an_engine_object_that_does_not_tell_any_more_is_lost_until_it_does(monk
         member = manager.members["e0"]
         engine.go_on.set()
         await manager.watch.probe(member)
-        manager.sent(member, call())
+        one = call()
+        manager.sent(member, one)
         engine.go_on.clear()
         states = []
         for _ in range(5):
@@ -307,6 +308,9 @@ def test_an_engine_object_that_does_not_tell_any_more_is_lost_until_it_does(monk
             clock.now += 25
         assert states == [EngineState.READY] * 3 + [EngineState.ERROR] * 2
         assert member.lost.is_set() and engine.asked == 2
+        manager.ended(member, one, Outcome.FAILED, 0, None)
+        await manager.watch.probe(member)
+        assert member.info.state is EngineState.ERROR, "also without the request"
         engine.generated += 1
         engine.go_on.set()
         await member.telling
@@ -332,7 +336,8 @@ def test_progress_is_judged_of_what_an_engine_tells():
     assert after(load(0, 5), load(0, 5), load(0, 5)) == [0, 0, 0], "it has nothing to do"
     assert after(load(1, 5, kv_use=0.1), load(1, 5, kv_use=0.2)) == [0, 0], "a long prompt is being computed"
     assert after(load(1, 5), None, None) == [0, 10, 20], "it does not answer any more"
-    assert after(load(1, 5), None, None, requests=0) == [0, 0, 0]
+    assert after(load(1, 5), None, None, requests=0) == [0, 10, 20], "and what it had was taken away"
+    assert after(load(0, 5), None, None, requests=0) == [0, 0, 0]
     assert after(EngineLoad(running=1), EngineLoad(running=1)) == [0, 0], "it does not tell what it counts"
     assert after(None, None) == [0, 0]
 
