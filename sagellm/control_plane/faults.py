@@ -79,7 +79,7 @@ class Progress:
         return 0.0 if self._since is None else now - self._since
 
     def moved(self) -> None:
-        """It answered a request, or began to."""
+        """Tokens of it came."""
         self._since = None
 
 

@@ -187,6 +187,7 @@ class ControlPlaneManager(Roster):
         info.active_requests -= 1
         if outcome is Outcome.ANSWERED:
             member.pace.answered(self.clock())
+        if made:
             member.progress.moved()
         if not info.active_requests:
             member.pace.rests(self.clock())

@@ -62,12 +62,13 @@ class Roster:
         """Probe the engines from now on; those of the registry too."""
         if self._running:
             return
-        keys = self._registry.keys()
+        early, keys = bool(self.members), self._registry.keys()
         for row in self._registry.read():
             if row["engine_id"] not in self.members:
                 self._readopt(EngineInfo(**row), keys.get(row["engine_id"]))
         self._running = True
-        self._keep()
+        if early:
+            self._keep()
         for member in self.members.values():
             self._begin(member)
 
@@ -81,7 +82,10 @@ class Roster:
     async def stop(self, drain_s: float = 30) -> None:
         """End: requests may go on for so long; engines that were started here end, others go on."""
         ours = [m.info.engine_id for m in self.members.values() if m.ours]
-        await asyncio.gather(*(self.stop_engine_gracefully(name, drain_s) for name in ours))
+        stops = (self.stop_engine_gracefully(name, drain_s) for name in ours)
+        for name, error in zip(ours, await asyncio.gather(*stops, return_exceptions=True)):
+            if isinstance(error, Exception):  # the others end all the same
+                log.error("%s did not stop", name, exc_info=error)
         for member in self.members.values():
             self.watch.end(member)
             if member.made:
@@ -176,7 +180,7 @@ class Roster:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             member.ours, member.start_error = False, f"{kind}{error}"
         else:  # `start` returns when it is ready, or at once where somebody else is at it
-            member.ours = (await member.engine.health()).ready
+            member.ours = member.engine.state is EngineState.READY
 
     def _keep(self) -> None:
         """Write the registry, once it was read: before that, engines of before would be forgotten."""
@@ -271,14 +275,19 @@ class Roster:
         await self.start_engine_drain(engine_id)
         with suppress(TimeoutError):
             await asyncio.wait_for(member.idle.wait(), drain_s)
-        if member.ours:
-            if member.starting is not None:
-                member.starting.cancel()
-                await asyncio.wait([member.starting])
-            await member.engine.stop(drain_s)
-        if engine_id in self.members:
-            self.unregister_engine(engine_id)
+        try:
+            if member.ours:
+                await self._stop_engine(member, drain_s)
+        finally:
+            if not member.gone:
+                self.unregister_engine(engine_id)
         return member.info
+
+    async def _stop_engine(self, member: Member, drain_s: float) -> None:
+        if member.starting is not None:
+            member.starting.cancel()
+            await asyncio.wait([member.starting])
+        await member.engine.stop(drain_s)
 
     async def request_engine_shutdown(self, engine_id: str, drain_s: float = 30) -> EngineInfo:
         return await self.stop_engine_gracefully(engine_id, drain_s)

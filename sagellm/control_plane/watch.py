@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 LOST_AFTER = 3
 """Probes in a row that nobody answers, after which an engine counts as lost."""
+HEALTH_SECONDS = 10.0
+"""That an engine has to say how it is; servers are asked with shorter limits of their own."""
 
 
 class Watch:
@@ -54,7 +56,7 @@ class Watch:
     async def probe(self, member: Member) -> None:
         """Ask an engine how it is, and, where it is well, how busy."""
         info, load = member.info, None
-        health = await member.engine.health()
+        health = await _health(member)
         if health.ready:
             load = await self._load(member)
             still = member.progress.still(load, info.active_requests, self._clock())
@@ -172,3 +174,10 @@ class Watch:
         except Exception:  # it may be well all the same
             log.exception("what %s tells of its load cannot be read", member.info.engine_id)
             return None
+
+
+async def _health(member: Member) -> Health:
+    try:
+        return await asyncio.wait_for(member.engine.health(), HEALTH_SECONDS)
+    except TimeoutError:
+        return Health(EngineState.ERROR, f"it did not say how it is within {HEALTH_SECONDS:g} s")

@@ -10,6 +10,7 @@ from planes import run, served
 from third_party import Echo
 
 from sagellm.batch import SamplingParams
+from sagellm.control_plane import watch
 from sagellm.control_plane.app import make_app
 from sagellm.control_plane.client import AsyncInferenceClient, UnifiedInferenceClient
 from sagellm.control_plane.endpoint import AppEndpoint, HttpEndpoint
@@ -152,6 +153,30 @@ def test_an_object_that_is_told_to_stop_while_it_starts_ends():
         return echo.state
 
     assert run(main()) is EngineState.STOPPED
+
+
+def test_an_object_that_does_not_stop_or_say_how_it_is_holds_up_nobody(monkeypatch):
+    class Stubborn(Echo):
+        async def stop(self, drain_s=30):
+            raise OSError("the device is gone")
+
+    class Mute(Echo):
+        async def health(self):
+            await asyncio.sleep(60)
+
+    async def main():
+        manager, stubborn, mute, echo = await plane(), Stubborn(), Mute(), Echo()
+        for name, one in {"stubborn": stubborn, "mute": mute, "echo": echo}.items():
+            manager.register_engine(name, one)
+        for name in ("stubborn", "echo"):
+            await manager.wait_until_ready(name)
+        while manager.get_engine_state("mute") is not EngineState.ERROR:
+            await asyncio.sleep(0.01)
+        await manager.stop()
+        assert not manager.members and echo.state is mute.state is EngineState.STOPPED
+
+    monkeypatch.setattr(watch, "HEALTH_SECONDS", 0.05)
+    run(main())
 
 
 def test_an_object_that_does_not_start_says_why_in_one_line():
