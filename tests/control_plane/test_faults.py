@@ -230,14 +230,11 @@ def test_a_request_without_output_goes_elsewhere(how, stream):
         assert (status, headers["x-sagellm-engine"]) == (200, "e1") and "well" in text
 
 
-@pytest.mark.parametrize("counts", [None, lambda: 7])
-def test_a_stream_that_says_nothing_goes_elsewhere(counts):
+def test_a_stream_that_says_nothing_goes_elsewhere():
     async def use(manager):
         return [await answer(manager, True, preferred_instance_id="e0") for _ in range(2)]
 
-    for status, text, headers in asyncio.run(
-        with_engines([engine_that(silent, counts), well], use, stall=0.3)
-    ):
+    for status, text, headers in asyncio.run(with_engines([silent, well], use, stall=0.3)):
         assert (status, headers["x-sagellm-engine"]) == (200, "e1") and "well" in text
 
 
@@ -267,7 +264,7 @@ def test_a_whole_answer_may_take_its_time_while_its_engine_counts_tokens():
     tokens = itertools.count()
 
     async def slow(body):
-        while next(tokens) < 60:  # with every look at the engine's counts there are more
+        while next(tokens) < 40:  # with every look at the engine's counts there are more
             await asyncio.sleep(0.02)
         return await well(body)
 
@@ -298,6 +295,7 @@ def test_an_engine_object_that_does_not_tell_any_more_is_lost_until_it_does(monk
         member = manager.members["e0"]
         engine.go_on.set()
         await manager.watch.probe(member)
+        monkeypatch.setattr(watch, "PROBE_SECONDS", 0.02)
         one = call()
         manager.sent(member, one)
         engine.go_on.clear()
@@ -317,7 +315,6 @@ def test_an_engine_object_that_does_not_tell_any_more_is_lost_until_it_does(monk
         await manager.watch.probe(member)
         assert member.info.state is EngineState.READY and not member.lost.is_set()
 
-    monkeypatch.setattr(watch, "PROBE_SECONDS", 0.02)
     run(main())
 
 
