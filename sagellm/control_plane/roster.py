@@ -41,7 +41,8 @@ class Roster:
         clock: Callable[[], float] = time.monotonic,
         **settings: Any,
     ):
-        """`settings` are fields of `ControlPlaneConfig`, in its place."""
+        """`settings` are fields of `ControlPlaneConfig`, in its place. Raises UserError for a registry that cannot be
+        read."""
         if config is not None and settings:
             raise UserError(f"config and {next(iter(settings))} are both given; accepted: one of them")
         self.config = config or ControlPlaneConfig(**settings)
@@ -52,6 +53,9 @@ class Roster:
         self.members: dict[str, Member] = {}
         self.watch = Watch(self.config, self.fleet, self.waiting, clock)
         self._registry = Registry(self.config.registry)
+        keys = self._registry.keys()
+        self._kept = [(EngineInfo(**row), keys.get(row["engine_id"])) for row in self._registry.read()]
+        """Engines of before, with their keys, until `start`."""
         self._closing: set[asyncio.Task] = set()
         self._starting = asyncio.Lock()
         self._running = False
@@ -62,10 +66,11 @@ class Roster:
         """Probe the engines from now on; those of the registry too."""
         if self._running:
             return
-        early, keys = bool(self.members), self._registry.keys()
-        for row in self._registry.read():
-            if row["engine_id"] not in self.members:
-                self._readopt(EngineInfo(**row), keys.get(row["engine_id"]))
+        early = bool(self.members)
+        kept, self._kept = self._kept, []
+        for info, api_key in kept:
+            if info.engine_id not in self.members:
+                self._readopt(info, api_key)
         self._running = True
         if early:
             self._keep()

@@ -214,6 +214,14 @@ def test_a_key_opens_all_but_health(engine):
     run(main())
 
 
+def test_a_registry_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "engines.keys").write_text("{}")
+    (tmp_path / "engines.keys").chmod(0o640)
+    found = capture(["gateway", "--port", "0", "--registry", str(tmp_path / "engines.json")])
+    assert found.code == 2 and found.stderr.count("\n") == 1
+    assert "engines.keys' has the mode 640; accepted: 600" in found.stderr
+
+
 def test_an_open_address_needs_a_key():
     found = capture(["gateway", "--host", "0.0.0.0", "--port", "0", "--registry", "/nowhere/x.json"])
     assert found.code == 2 and "accepted: --api-key, or a loopback address" in found.stderr
