@@ -21,7 +21,7 @@ from sagellm.control_plane.metrics import exposition
 from sagellm.control_plane.routing.ask import KINDS
 from sagellm.control_plane.routing.decision import NoEngine
 from sagellm.control_plane.types import RequestMetadata
-from sagellm.errors import UserError
+from sagellm.errors import QueueFull, UserError
 from sagellm.server import errors
 from sagellm.server.app import BoundedRoute
 from sagellm.server.errors import APIError
@@ -51,7 +51,7 @@ class RegisterRequest(_Strict):
     host: Name
     port: int = Field(ge=1, le=65535)
     engine_kind: Name = "llm"
-    api_key: Name | None = None
+    api_key: str | None = None
     metadata: dict[Name, Any] = Field({}, max_length=64)
 
 
@@ -95,14 +95,6 @@ def make_app(
     app.router.route_class = BoundedRoute
     errors.install(app)
 
-    @app.exception_handler(NoEngine)
-    async def _(request: Request, error: NoEngine) -> Response:
-        return errors.answer(error.status, str(error), code=error.kind)
-
-    @app.exception_handler(EngineLost)
-    async def _(request: Request, error: EngineLost) -> Response:
-        return errors.answer(503, str(error), code="engine_lost")
-
     _openai(app, manager)
 
     async def no_pages(request: Request) -> None:
@@ -133,7 +125,11 @@ class _Relayed(StreamingResponse):
 
 def _openai(app: FastAPI, manager: ControlPlaneManager) -> None:
     async def relay(request: Request) -> Response:
-        reply = await unless_gone(request, manager.submit(await _call(request)))
+        call = await _call(request)
+        try:
+            reply = await unless_gone(request, manager.submit(call))
+        except (NoEngine, QueueFull, EngineLost) as error:
+            return _no_answer(error, manager.retry_after(call))
         headers = dict(reply.headers)
         if headers.get("content-type", "").startswith("text/event-stream"):
             return _Relayed(reply, headers)
@@ -183,6 +179,13 @@ def _openai(app: FastAPI, manager: ControlPlaneManager) -> None:
     async def metrics() -> PlainTextResponse:
         """For Prometheus."""
         return PlainTextResponse(exposition(manager), media_type="text/plain; version=0.0.4")
+
+
+def _no_answer(error: NoEngine | QueueFull | EngineLost, retry_after: int) -> Response:
+    if isinstance(error, NoEngine):
+        return errors.answer(error.status, str(error), code=error.kind, retry_after=retry_after)
+    status, code = (429, "queue_full") if isinstance(error, QueueFull) else (503, "engine_lost")
+    return errors.answer(status, str(error), code=code, retry_after=retry_after)
 
 
 async def _call(request: Request) -> Call:

@@ -38,7 +38,8 @@ class AsyncInferenceClient:
     InferenceFailed where nobody answers.
 
     A request is sent up to four times where the answer is 429, 5xx or none, with pauses that grow, or as long as the
-    answer's Retry-After; a stream, only until its first piece. `timeout` seconds are for all of this.
+    answer's Retry-After; a stream, only until its first piece. `timeout` seconds are for all of this: an answer that
+    says to come again later than that is the last.
     """
 
     def __init__(
@@ -185,6 +186,8 @@ class AsyncInferenceClient:
 
     async def _begin(self, path: str, body: dict[str, Any] | None) -> Reply:
         pause, last = FIRST_PAUSE, ""
+        now = asyncio.get_running_loop().time
+        until = now() + self._timeout
         for turn in range(ATTEMPTS):
             wait = 0.0
             try:
@@ -195,11 +198,12 @@ class AsyncInferenceClient:
                 if reply.status == 200:
                     return reply
                 said = await reply.read()
-                if reply.status not in RETRIED or (turn + 1 == ATTEMPTS and reply.status == 429):
-                    raise _raised(as_error(reply.status, said))
-                last = message_of(reply.status, said)
                 after = reply.headers.get("retry-after", "")
                 wait = float(after) if after.isdecimal() else 0.0
+                final = (turn + 1 == ATTEMPTS and reply.status == 429) or now() + wait > until
+                if reply.status not in RETRIED or final:
+                    raise _raised(as_error(reply.status, said))
+                last = message_of(reply.status, said)
             if turn + 1 < ATTEMPTS:
                 await asyncio.sleep(max(wait, pause * (0.5 + random.random() / 2)))
                 pause = min(LONGEST_PAUSE, 2 * pause)

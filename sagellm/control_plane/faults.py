@@ -1,8 +1,10 @@
-"""When to leave an engine alone, and when to stop trying elsewhere."""
+"""When to leave an engine alone, when to give it up, and when to stop trying elsewhere."""
 
 from __future__ import annotations
 
 from attrs import define
+
+from sagellm.engine.stats import EngineLoad
 
 FAILURES = 3
 """In a row, after which an engine is left alone."""
@@ -24,6 +26,10 @@ class Breaker:
     def allows(self, now: float) -> bool:
         return self.failures < FAILURES or (now >= self.closed_at and not self.trying)
 
+    def pause(self, now: float) -> float:
+        """Seconds for which it is open yet."""
+        return max(0.0, self.closed_at - now) if self.failures >= FAILURES else 0.0
+
     def sent(self) -> None:
         """The one that tries, where it is open."""
         self.trying = self.failures >= FAILURES
@@ -43,6 +49,38 @@ class Breaker:
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self.failures - FAILURES))
         self.closed_at = now + pause
         return pause
+
+
+@define
+class Progress:
+    """Whether an engine that has requests gets on with them, by what it counts. Times are of the caller's clock."""
+
+    _counts: tuple[float | None, ...] = ()
+    _since: float | None = None
+    """When it was first seen with requests and these counts; None: it had none, or moved. Its silence changes nothing,
+    nor that requests are taken away from it then."""
+
+    def still(self, load: EngineLoad | None, requests: int, now: float) -> float:
+        """Seconds for which it had requests and counted nothing; 0 of an engine that does not tell what it counts.
+
+        `load`: as it says now; None: it did not. `requests`: those that were sent there, where it does not say.
+        """
+        if load is not None:
+            counts = (load.prompt, load.generated, load.reused, load.kv_use)  # a long prompt fills the cache
+            if load.generated is None:
+                counts = ()
+            if load.running is not None:
+                requests = load.running + (load.waiting or 0)
+            if not requests or counts != self._counts:
+                self._since = None
+            self._counts = counts
+        if self._since is None and requests and self._counts:
+            self._since = now
+        return 0.0 if self._since is None else now - self._since
+
+    def moved(self) -> None:
+        """Tokens of it came."""
+        self._since = None
 
 
 @define

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from attrs import fields
@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from sagellm.batch import SamplingParams
 from sagellm.control_plane.features import FIELDS, ROUTES, TOKEN_IDS, asks
-from sagellm.engine.base import BaseInferenceEngine, GenerateRequest, GenerateResult
+from sagellm.engine.base import BaseInferenceEngine, GenerateRequest, GenerateResult, TokenEvent
 from sagellm.errors import QueueFull, UserError
 from sagellm.server.errors import APIError, answer, body_of
 
@@ -25,6 +25,8 @@ IGNORED = {"model", "user", "stream_options", "metadata", "store"}
 """They do not change the output."""
 FEATURES = frozenset(FIELDS.keys() & SAMPLING) | frozenset(ROUTES.values()) | {TOKEN_IDS}
 DONE = b"data: [DONE]\n\n"
+Said = Callable[[TokenEvent], dict[str, Any]]
+"""What a choice says of an event."""
 
 
 def plain_app(engine: BaseInferenceEngine) -> Starlette:
@@ -57,7 +59,7 @@ def plain_app(engine: BaseInferenceEngine) -> Starlette:
         )
         about = {"id": name, "created": int(time.time()), "model": engine.model_id}
         if body.get("stream"):
-            return StreamingResponse(_stream(engine, work, about), media_type="text/event-stream")
+            return await _stream(engine, work, about | {"object": "text_completion"}, _text)
         result = await engine.generate(work)  # type: ignore[misc]
         choices = [
             {"index": i, "text": o.text, "logprobs": None, "finish_reason": _reason(o.finish_reason)}
@@ -73,11 +75,15 @@ def plain_app(engine: BaseInferenceEngine) -> Starlette:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
             raise UserError(f"messages is {messages!r}; accepted: a list of messages")
-        result = await engine.chat(messages, how)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.model_id}
+        options = body.get("stream_options") or {}
+        if body.get("stream") and (prompt := engine.chat_prompt(messages)) is not None:
+            work = GenerateRequest(prompt=prompt, sampling=how, id=about["id"])
+            head = about | {"object": "chat.completion.chunk"}
+            return await _stream(engine, work, head, _delta(), bool(options.get("include_usage")))
+        result = await engine.chat(messages, how)
         if body.get("stream"):
-            pieces = _told_at_once(result, about, body.get("stream_options") or {})
-            return StreamingResponse(pieces, media_type="text/event-stream")
+            return StreamingResponse(_told_at_once(result, about, options), media_type="text/event-stream")
         choices = [
             {
                 "index": i,
@@ -149,12 +155,12 @@ def _sampling(body: Mapping[str, Any], own: set[str]) -> SamplingParams:
 
 def _usage(result: GenerateResult) -> dict[str, Any]:
     made = sum(len(output.token_ids) for output in result.outputs)
-    return {
-        "prompt_tokens": result.prompt_tokens,
-        "completion_tokens": made,
-        "total_tokens": result.prompt_tokens + made,
-        "prompt_tokens_details": {"cached_tokens": result.cached_tokens},
-    }
+    details = {"cached_tokens": result.cached_tokens}
+    return _counts(result.prompt_tokens, made) | {"prompt_tokens_details": details}
+
+
+def _counts(prompt: int, made: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
 
 def _reason(reason: str | None) -> str | None:
@@ -165,25 +171,49 @@ def _event(chunk: dict[str, Any]) -> bytes:
     return b"data: " + to_json(chunk) + b"\n\n"
 
 
-async def _stream(engine: BaseInferenceEngine, work: GenerateRequest, about: dict) -> AsyncIterator[bytes]:
-    head = about | {"object": "text_completion"}
-    try:
-        async for event in engine.stream(work):
-            choice = {
-                "index": event.sample,
-                "text": event.text,
-                "logprobs": None,
-                "finish_reason": _reason(event.finish_reason),
-            }
-            yield _event(head | {"choices": [choice]})
-    except UserError as error:
-        yield _event(body_of(400, str(error)))
-        return
-    yield DONE
+async def _stream(
+    engine: BaseInferenceEngine, work: GenerateRequest, head: dict, said: Said, usage: bool = False
+) -> StreamingResponse:
+    """The first event is waited for, so that what the engine refuses has a status of its own."""
+    events = aiter(engine.stream(work))
+    first = await anext(events, None)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        event, made = first, 0
+        try:
+            while event is not None:
+                made += len(event.ids)
+                choice = {"index": event.sample, "finish_reason": _reason(event.finish_reason)}
+                yield _event(head | {"choices": [choice | said(event)]})
+                event = await anext(events, None)
+        except UserError as error:
+            yield _event(body_of(400, str(error)))
+            return
+        if usage:
+            yield _event(head | {"choices": [], "usage": _counts(len(work.prompt), made)})
+        yield DONE
+
+    return StreamingResponse(pieces(), media_type="text/event-stream")
+
+
+def _text(event: TokenEvent) -> dict[str, Any]:
+    return {"text": event.text, "logprobs": None}
+
+
+def _delta() -> Said:
+    """Of a chat; the first piece of each answer says whose it is."""
+    begun: set[int] = set()
+
+    def said(event: TokenEvent) -> dict[str, Any]:
+        role = {} if event.sample in begun else {"role": "assistant"}
+        begun.add(event.sample)
+        return {"delta": role | {"content": event.text}}
+
+    return said
 
 
 async def _told_at_once(result: GenerateResult, about: dict, options: Mapping) -> AsyncIterator[bytes]:
-    """The interface has no stream of a conversation, so the whole answer is one piece."""
+    """The engine does not tell what it makes of a conversation, so the whole answer is one piece."""
     head = about | {"object": "chat.completion.chunk"}
     for i, output in enumerate(result.outputs):
         delta = {"role": "assistant", "content": output.text}

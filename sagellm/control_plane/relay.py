@@ -21,7 +21,8 @@ from sagellm.errors import QueueFull
 from sagellm.server.errors import body_of
 
 if TYPE_CHECKING:
-    from sagellm.control_plane.manager import ControlPlaneManager, Member
+    from sagellm.control_plane.manager import ControlPlaneManager
+    from sagellm.control_plane.members import Member
 
 log = logging.getLogger(__name__)
 

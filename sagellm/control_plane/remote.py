@@ -173,9 +173,9 @@ class RemoteEngine(BaseInferenceEngine):
         """As of the last `refresh`."""
         return self._load
 
-    async def refresh(self) -> EngineLoad:
-        """Read its /metrics. Raises EngineLost."""
-        reply = await self.endpoint.send("GET", "/metrics", timeout=PROBE_SECONDS)
+    async def refresh(self, timeout: float = PROBE_SECONDS) -> EngineLoad:
+        """Read its /metrics, within so many seconds. Raises EngineLost."""
+        reply = await self.endpoint.send("GET", "/metrics", timeout=timeout)
         text = (await reply.read()).decode(errors="replace")
         if reply.status == 200:
             self._load = read_load(text, self.METRICS)

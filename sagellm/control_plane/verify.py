@@ -188,6 +188,18 @@ async def _chats(engine: BaseInferenceEngine) -> str:
     return repr(result.text[:40])
 
 
+async def _streams_chats(engine: BaseInferenceEngine) -> str:
+    """chat_prompt() gives what chat() makes of a conversation: stream() of it says the same."""
+    prompt = engine.chat_prompt(MESSAGES)
+    if prompt is None:
+        raise Skipped("it does not tell, so that its chats come in one piece")
+    whole = await engine.chat(MESSAGES, _greedy())
+    work = GenerateRequest(prompt=prompt, sampling=_greedy())
+    text = "".join([event.text async for event in engine.stream(work)])
+    require(text == whole.text, f"{text!r} where chat() says {whole.text!r}")
+    return f"{len(prompt)} tokens"
+
+
 async def _embeds(engine: BaseInferenceEngine) -> str:
     """embed() gives a vector of length 1 for each text, in their order."""
     texts = ["a cat", "a dog", "an essay on finance"]
@@ -259,8 +271,8 @@ async def _takes_plain_profile(engine: BaseInferenceEngine) -> str | None:
 
 ENGINE = Suite(
     (
-        _ready, _capability, _kv_schema, _generates, _streams, _at_once, _seeds, _stops, _chats, _embeds,
-        _aborts, _refuses, _takes_plain_profile, _tells_load,
+        _ready, _capability, _kv_schema, _generates, _streams, _at_once, _seeds, _stops, _chats, _streams_chats,
+        _embeds, _aborts, _refuses, _takes_plain_profile, _tells_load,
     )
 )  # fmt: skip
 

@@ -209,7 +209,8 @@ class BaseInferenceEngine(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Be ready for requests; does nothing where it is."""
+        """Be ready for requests; does nothing where it is. Until then the state is STARTING, and a control plane that
+        is given the engine calls this."""
 
     @abstractmethod
     async def stop(self, drain_s: float = 30) -> None:
@@ -243,6 +244,13 @@ class BaseInferenceEngine(ABC):
     @abstractmethod
     async def chat(self, messages: Sequence[dict], sampling: SamplingParams | None = None) -> GenerateResult:
         """One answer to a conversation, with the model's chat template."""
+
+    def chat_prompt(self, messages: Sequence[dict]) -> Sequence[int] | None:
+        """Token ids that `chat` makes of a conversation: `stream` of them says what `chat` says, piece by piece.
+
+        None, as here: the engine does not tell, and its chats come in one piece.
+        """
+        return None
 
     @abstractmethod
     async def embed(

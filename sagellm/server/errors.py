@@ -16,7 +16,7 @@ from sagellm.errors import QueueFull, UserError
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = "1"
+RETRY_SECONDS = 1
 MAX_SHOWN = 200
 """Characters of a refused value that are shown."""
 
@@ -40,8 +40,15 @@ def body_of(status: int, message: str, param: str | None = None, code: str | Non
     return {"error": {"message": message, "type": kind_of(status), "param": param, "code": code}}
 
 
-def answer(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    headers = {"Retry-After": RETRY_SECONDS} if status in (429, 503) else None
+def answer(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    retry_after: int = RETRY_SECONDS,
+) -> JSONResponse:
+    """`retry_after`: seconds, told where the client may come again."""
+    headers = {"Retry-After": str(retry_after)} if status in (429, 503) else None
     return JSONResponse(body_of(status, message, param, code), status, headers)
 
 

@@ -1,9 +1,11 @@
 """The control plane's routes."""
 
 import asyncio
+import json
 
 import pytest
 from planes import run, served
+from third_party import Echo
 
 from sagellm.cli import capture
 from sagellm.control_plane.app import make_app
@@ -11,6 +13,7 @@ from sagellm.control_plane.endpoint import AppEndpoint, events
 from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.control_plane.plain import plain_app
 from sagellm.control_plane.verify import SERVER, Server
+from sagellm.engine.base import GenerateRequest
 from sagellm.engine.engine import SageLLMEngine
 
 MANAGEMENT = "/v1/management"
@@ -211,9 +214,57 @@ def test_a_key_opens_all_but_health(engine):
     run(main())
 
 
+def test_a_registry_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "engines.keys").write_text("{}")
+    (tmp_path / "engines.keys").chmod(0o640)
+    found = capture(["gateway", "--port", "0", "--registry", str(tmp_path / "engines.json")])
+    assert found.code == 2 and found.stderr.count("\n") == 1
+    assert "engines.keys' has the mode 640; accepted: 600" in found.stderr
+
+
 def test_an_open_address_needs_a_key():
     found = capture(["gateway", "--host", "0.0.0.0", "--port", "0", "--registry", "/nowhere/x.json"])
     assert found.code == 2 and "accepted: --api-key, or a loopback address" in found.stderr
+
+
+class Mute(Echo):
+    """It does not tell what it makes of a conversation."""
+
+    def chat_prompt(self, messages):
+        return None
+
+    async def chat(self, messages, sampling=None):
+        return await self.generate(GenerateRequest(prompt=messages[-1]["content"], sampling=sampling))
+
+
+@pytest.mark.parametrize(("kind", "pieces"), [(Echo, 6), (Mute, 1)])
+def test_a_chat_of_any_engine_object_is_streamed_where_it_tells_the_prompt(kind, pieces):
+    async def main():
+        manager, here = await plane(None)
+        manager.register_engine("third", kind())
+        await manager.wait_until_ready("third")
+        body = {
+            "messages": [{"role": "user", "content": "abc"}],
+            "max_tokens": 6,
+            "temperature": 0,
+            "stream": True,
+        }
+        body["stream_options"] = {"include_usage": True}
+        reply = await here.endpoint.send("POST", "/v1/chat/completions", body)
+        chunks = [json.loads(data) async for data in events(reply)]
+        *said, usage = chunks
+        deltas = [chunk["choices"][0]["delta"] for chunk in said]
+        assert "".join(delta["content"] for delta in deltas) == "abcabc" and len(deltas) == pieces
+        assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (pieces - 1)
+        assert said[-1]["choices"][0]["finish_reason"] == "length"
+        assert (usage["usage"]["prompt_tokens"], usage["usage"]["completion_tokens"]) == (3, 6)
+        for path, more in {"chat/completions": {"messages": [{"role": "user", "content": "x" * 300}]},
+                           "completions": {"prompt": "x" * 300}}.items():  # fmt: skip
+            status, said = await here.ask("POST", f"/v1/{path}", {"stream": True} | more)
+            assert status == 400 and "the prompt has 300 tokens" in said["error"]["message"]
+        await manager.stop()
+
+    run(main())
 
 
 def test_any_engine_object_has_a_plain_face(engine):

@@ -7,17 +7,22 @@ import socket
 import pytest
 import uvicorn
 from planes import run, served
+from third_party import Echo
 
 from sagellm.batch import SamplingParams
+from sagellm.control_plane import watch
+from sagellm.control_plane.app import make_app
 from sagellm.control_plane.client import AsyncInferenceClient, UnifiedInferenceClient
-from sagellm.control_plane.endpoint import HttpEndpoint
+from sagellm.control_plane.endpoint import AppEndpoint, HttpEndpoint
 from sagellm.control_plane.manager import ControlPlaneManager
+from sagellm.control_plane.plain import plain_app
 from sagellm.control_plane.remote import RemoteEngine
 from sagellm.control_plane.types import RequestMetadata
 from sagellm.engine.base import EngineState, GenerateRequest
 from sagellm.engine.engine import SageLLMEngine
 from sagellm.errors import UserError
 from sagellm.server.app import app_of
+from sagellm.server.config import ServerConfig
 
 MESSAGES = [{"role": "user", "content": "你好"}]
 
@@ -72,6 +77,121 @@ def test_an_engine_that_is_registered_before_it_listens_becomes_ready(engine):
             await asyncio.sleep(0.02)
         assert manager.get_engine_state("later") is EngineState.ERROR
         assert manager.prune() == ["later"]
+        await manager.stop()
+
+    run(main())
+
+
+@pytest.mark.parametrize("first", ["the plane", "the engine"])
+def test_an_object_that_nobody_has_started_is_started_and_stopped(first):
+    async def main():
+        manager, echo = ControlPlaneManager(probe_every=0.05), Echo()
+        if first == "the plane":
+            await manager.start()
+        manager.register_engine("echo", echo)
+        await manager.start()
+        await manager.wait_until_ready("echo")
+        answer = await manager.submit_request(RequestMetadata(prompt="ab", max_tokens=3, temperature=0))
+        assert answer["choices"][0]["text"] == "aba"
+        await manager.stop()
+        return echo.state
+
+    assert run(main()) is EngineState.STOPPED
+
+
+class Patient(Echo):
+    """It is started once, however often `start` is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.starts, self.go_on = 0, asyncio.Event()
+
+    async def start(self):
+        self.starts += 1
+        if self.starts == 1:
+            await self.go_on.wait()
+            await super().start()
+
+
+def test_an_object_that_somebody_else_started_goes_on():
+    """Also where it was about to be ready when it was registered."""
+
+    async def main():
+        manager = await plane()
+        running, about_to = Echo(), Patient()
+        await running.start()
+        theirs = asyncio.create_task(about_to.start())
+        await asyncio.sleep(0)
+        async with served(plain_app(running)) as port:
+            remote = RemoteEngine(f"http://127.0.0.1:{port}")
+            await remote.start()
+            for name, one in {"running": running, "about-to": about_to, "remote": remote}.items():
+                manager.register_engine(name, one)
+            await manager.wait_until_ready("running")
+            await manager.wait_until_ready("remote")
+            while about_to.starts < 2:
+                await asyncio.sleep(0.01)
+            about_to.go_on.set()
+            await theirs
+            await manager.wait_until_ready("about-to")
+            assert about_to.starts == 2
+            await manager.stop_engine_gracefully("running")
+            await manager.stop()
+            assert [(await one.health()).ready for one in (running, about_to, remote)] == [True] * 3
+            await remote.stop()
+
+    run(main())
+
+
+def test_an_object_that_is_told_to_stop_while_it_starts_ends():
+    async def main():
+        manager, echo = await plane(), Patient()
+        manager.register_engine("echo", echo)
+        while not echo.starts:
+            await asyncio.sleep(0.01)
+        await manager.stop()
+        return echo.state
+
+    assert run(main()) is EngineState.STOPPED
+
+
+def test_an_object_that_does_not_stop_or_say_how_it_is_holds_up_nobody(monkeypatch):
+    class Stubborn(Echo):
+        async def stop(self, drain_s=30):
+            raise OSError("the device is gone")
+
+    class Mute(Echo):
+        async def health(self):
+            await asyncio.sleep(60)
+
+    async def main():
+        manager, stubborn, mute, echo = await plane(), Stubborn(), Mute(), Echo()
+        for name, one in {"stubborn": stubborn, "mute": mute, "echo": echo}.items():
+            manager.register_engine(name, one)
+        for name in ("stubborn", "echo"):
+            await manager.wait_until_ready(name)
+        while manager.get_engine_state("mute") is not EngineState.ERROR:
+            await asyncio.sleep(0.01)
+        await manager.stop()
+        assert not manager.members and echo.state is mute.state is EngineState.STOPPED
+
+    monkeypatch.setattr(watch, "HEALTH_SECONDS", 0.05)
+    run(main())
+
+
+def test_an_object_that_does_not_start_says_why_in_one_line():
+    class Broken(Echo):
+        async def start(self):
+            raise OSError("no such device")
+
+    async def main():
+        manager = await plane()
+        manager.register_engine("echo", Broken())
+        while manager.get_engine_state("echo") is not EngineState.ERROR:
+            await asyncio.sleep(0.01)
+        assert manager.get_cluster_status()["engines"][0]["detail"] == "OSError: no such device"
+        with pytest.raises(UserError, match=r"^OSError: no such device$"):
+            await manager.wait_until_ready("echo")
         await manager.stop()
 
     run(main())
@@ -237,6 +357,69 @@ def test_a_registry_brings_engines_back(engine, tmp_path):
     run(main())
 
 
+def test_the_key_of_an_engine_is_kept_and_never_shown(engine, tmp_path, caplog):
+    """Whoever asks the control plane, whatever it keeps of requests and engines, and whatever it logs."""
+    caplog.set_level("DEBUG")
+    registry = tmp_path / "engines.json"
+
+    async def shown(manager):
+        here = AppEndpoint(make_app(manager))
+        paths = ["/v1/models", "/metrics", "/info", "/ready"]
+        paths += [
+            f"/v1/management/{name}" for name in ("engines", "engines/one", "status", "decisions", "backends")
+        ]
+        return "".join([(await (await here.send("GET", path)).read()).decode() for path in paths])
+
+    async def main():
+        app = app_of(engine, ServerConfig(api_keys=("hidden-word",)))
+        async with served(app) as port:
+            first = await plane(registry=registry)
+            body = {"engine_id": "one", "model_id": engine.model_id, "host": "127.0.0.1", "port": port}
+            register = "/v1/management/engines/register"
+            reply = await AppEndpoint(make_app(first)).send(
+                "POST", register, body | {"api_key": "hidden-word"}
+            )
+            said = (await reply.read()).decode()
+            await first.wait_until_ready("one")
+            await first.stop()
+            second = await plane(registry=registry)
+            await second.wait_until_ready("one")
+            answer = await second.submit_request(RequestMetadata(prompt="Once", max_tokens=2))
+            assert answer["usage"]["completion_tokens"] == 2
+            said += await shown(second) + repr(second.members) + registry.read_text()
+            second.unregister_engine("one")
+            await second.stop()
+        assert "hidden-word" not in said + caplog.text
+        assert [path.name for path in tmp_path.iterdir()] == ["engines.json"]
+
+    run(main())
+
+
+def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated():
+    for key in ("", "two words", "schlüssel", "line\n"):
+        with pytest.raises(UserError, match="api_key is empty, or has") as refused:
+            ControlPlaneManager().register_engine("one", "m", "127.0.0.1", 1, api_key=key)
+        assert not key or key not in str(refused.value)
+
+
+def test_an_engine_that_is_registered_before_the_start_does_not_push_out_those_that_are_kept(tmp_path):
+    async def main():
+        registry = tmp_path / "engines.json"
+        first = await plane(registry=registry)
+        first.register_engine("one", "m", "127.0.0.1", 9)
+        await first.stop()
+        second = ControlPlaneManager(registry=registry)
+        second.register_engine("two", "m", "127.0.0.1", 9)
+        await second.start()
+        assert set(second.members) == {"one", "two"}
+        await second.stop()
+        third = await plane(registry=registry)
+        assert set(third.members) == {"one", "two"}
+        await third.stop()
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     "given, said",
     [
@@ -244,6 +427,7 @@ def test_a_registry_brings_engines_back(engine, tmp_path):
         (("one", "m"), "host and port are missing"),
         (("one", "m", "127.0.0.1", 1, "tgi"), "unknown engine kind 'tgi'"),
         (("one", object()), "is no engine"),
+        (("one", "m", "127.0.0.1", 1, "llm", {"api_key": "x"}), "metadata.api_key is given"),
     ],
 )
 def test_what_is_no_engine_is_refused_in_one_line(given, said):

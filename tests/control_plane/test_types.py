@@ -59,15 +59,44 @@ def test_engines_at_an_address_survive_on_disk_and_objects_do_not(tmp_path):
     registry = Registry(tmp_path / "deep" / "engines.json")
     assert registry.read() == []
     one = info(host="h", port=1, metadata={"labels": {"zone": "a"}})
-    registry.write([one, info(engine_id="object")])
+    registry.write([one, info(engine_id="object")], {})
     (again,) = registry.read()
-    assert EngineInfo(**again) == one
+    assert EngineInfo(**again) == one and registry.keys() == {}
 
 
 def test_without_a_path_nothing_is_kept():
     registry = Registry(None)
-    registry.write([info(host="h", port=1)])
-    assert registry.read() == []
+    registry.write([info(host="h", port=1)], {"one": "secret"})
+    assert registry.read() == [] and registry.keys() == {}
+
+
+def test_keys_of_engines_are_in_a_file_that_its_owner_alone_can_read(tmp_path):
+    registry, file = Registry(tmp_path / "engines.json"), tmp_path / "engines.keys"
+    (tmp_path / "engines.keys.new").write_text("of a write that broke off")
+    registry.write([info(host="h", port=1)], {"one": "secret"})
+    assert registry.keys() == {"one": "secret"} and file.stat().st_mode & 0o777 == 0o600
+    assert "secret" not in (tmp_path / "engines.json").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engines.json", "engines.keys"]
+    registry.write([], {})
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "said"),
+    [
+        ('{"one": "secret"}', 0o644, "has the mode 644; accepted: 600, as it holds keys"),
+        ("[1]", 0o600, "holds no keys"),
+        ('{"one": 1}', 0o600, "holds no keys"),
+        ("{", 0o600, "is no JSON"),
+    ],
+)
+def test_a_file_of_keys_that_is_open_or_no_such_file_is_one_line(tmp_path, text, mode, said):
+    file = tmp_path / "engines.keys"
+    file.write_text(text)
+    file.chmod(mode)
+    with pytest.raises(UserError, match=said) as refused:
+        Registry(tmp_path / "engines.json").keys()
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"engines": 1}', '{"engines": [1]}'])

@@ -17,7 +17,7 @@ from sagellm.control_plane.endpoint import AppEndpoint, Endpoint, Reply
 from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.control_plane.remote import RemoteEngine
 from sagellm.control_plane.verify import ENGINE, SERVER, STOPPED, Suite
-from sagellm.engine.base import EngineState, Health
+from sagellm.engine.base import EngineState, GenerateRequest, Health
 from sagellm.engine.stats import EngineLoad
 from sagellm.errors import UserError
 from sagellm.target import CapabilityDescriptor
@@ -115,6 +115,11 @@ async def chat_without_end(self, messages, sampling=None):
     return result
 
 
+async def says_hello(self, messages, sampling=None):
+    """Whatever it is told."""
+    return await self.generate(GenerateRequest(prompt="hello", sampling=sampling))
+
+
 async def yes(self, request_id):
     await Echo.abort(self, request_id)
     return True
@@ -192,6 +197,7 @@ ENGINES = [
     ("stops", answers(says(with_stop)), "with stop 'pon'"),
     ("stops", answers(ends("length")), "finish_reason is 'length'"),
     ("chats", {"chat": chat_without_end}, "finish_reason is None"),
+    ("streams_chats", {"chat": says_hello}, "'Say somethin' where chat.. says 'hellohellohe'"),
     ("embeds", vectors(lambda found: found[0]), "the shape is"),
     ("embeds", vectors(lambda found: found * 2), "lengths are not 1"),
     ("embeds", vectors(lambda found: found[::-1]), "the order"),
@@ -239,11 +245,17 @@ def test_a_broken_promise_of_an_engine_is_caught(name, methods, said, monkeypatc
 
 def test_what_an_engine_says_itself_that_it_cannot_do_is_not_broken():
     cannot = raising(UserError("not here"))
-    methods = {"get_kv_schema": cannot, "embed": cannot}
+    methods = {
+        "get_kv_schema": cannot,
+        "embed": cannot,
+        "chat": says_hello,
+        "chat_prompt": lambda *given: None,
+    }
     found = outcomes(run(verify.verify(type("Little", (Echo,), methods)())))
     for name in ("kv_schema", "embeds"):
         assert (found[promise(name)].outcome, found[promise(name)].detail) == ("not offered", "not here")
-    assert sum(result.outcome != "kept" for result in found.values()) == 2
+    assert found[promise("streams_chats")].outcome == "not offered"
+    assert sum(result.outcome != "kept" for result in found.values()) == 3
 
 
 def test_a_check_that_gets_no_answer_ends(monkeypatch):
@@ -350,7 +362,8 @@ def verified(path=None, change=None, names=None):
 def test_a_third_partys_engine_behind_the_control_plane_passes_as_a_server():
     found = verified()
     assert {result.promise for result in found.values() if result.outcome == "not offered"} == {
-        promise("kv_schema"), "A client that goes away ends its request: the server is idle soon after.",
+        promise("kv_schema"), promise("streams_chats"),
+        "A client that goes away ends its request: the server is idle soon after.",
     }, found  # fmt: skip
     assert not [result for result in found.values() if result.outcome == "broken"]
     assert len(found) == len(ENGINE.checks) + len(SERVER.checks) + len(STOPPED.checks)

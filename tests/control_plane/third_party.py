@@ -119,8 +119,11 @@ class Echo(BaseInferenceEngine):
         return GenerateResult(events[0].request_id, len(text_of(work.prompt)), [output])
 
     async def chat(self, messages: Sequence[dict], sampling: SamplingParams | None = None) -> GenerateResult:
-        prompt = messages[-1]["content"]
+        prompt = self.chat_prompt(messages)
         return await self.generate(GenerateRequest(prompt=prompt, sampling=sampling or SamplingParams()))
+
+    def chat_prompt(self, messages: Sequence[dict]) -> Sequence[int]:
+        return [ord(character) for character in messages[-1]["content"]]
 
     async def embed(
         self, texts: Sequence[Prompt], pooling: str = "mean", normalize: bool = True

@@ -112,9 +112,9 @@ class ChituAdapter(ServerAdapter):
         if self._options is not None and self._capability is not None:
             self._capability = evolve(self._capability, max_sequence_length=self._options.max_model_len)
 
-    async def refresh(self) -> EngineLoad:
+    async def refresh(self, timeout: float = PROBE_SECONDS) -> EngineLoad:
         """Its server counts requests; the rest it tells a Prometheus of its own."""
-        reply = await self.endpoint.send("POST", "/load_status", timeout=PROBE_SECONDS)
+        reply = await self.endpoint.send("POST", "/load_status", timeout=timeout)
         answer = await reply.json()
         if reply.status != 200:
             raise EngineLost(f"/load_status answers {reply.status}")
