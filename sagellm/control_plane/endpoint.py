@@ -14,6 +14,9 @@ from pydantic_core import from_json, to_json
 CONNECT_SECONDS = 3.0
 DISCONNECT_SECONDS = 1.0
 """That an application in this process has to notice that its client is gone."""
+KEPT_SECONDS = 3.0
+"""That a connection is kept for the next request: uvicorn's servers close theirs after 5, and none may be used as it
+closes."""
 TEXT = {"content-type": "application/json"}
 
 
@@ -31,7 +34,7 @@ class Reply:
     pieces: AsyncIterator[bytes]
     """The body as it comes; raises EngineLost where it breaks off."""
     aclose: Callable[[], Awaitable[None]]
-    """End the request, whether or not the body was read; may be called again."""
+    """End the request, whether or not the body was read; who reads it gets EngineLost. May be called again."""
 
     async def read(self) -> bytes:
         """The whole body."""
@@ -89,7 +92,8 @@ class HttpEndpoint(Endpoint):
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 headers=self._headers,
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_SECONDS),
+                cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
                 auto_decompress=False,
                 read_bufsize=2**18,
@@ -207,13 +211,20 @@ class AppEndpoint(Endpoint):
 
 async def events(reply: Reply) -> AsyncIterator[bytes]:
     """The data of server-sent events, without the last, `[DONE]`. Raises EngineLost where that does not come."""
+    async for some in batches(reply):
+        for data in some:
+            yield data
+
+
+async def batches(reply: Reply) -> AsyncIterator[list[bytes]]:
+    """As `events`, with those that came together at once."""
     rest = b""
     async for piece in reply.pieces:
         *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                data = line[5:].strip()
-                if data == b"[DONE]":
-                    return
-                yield data
+        found = [line[5:].strip() for line in lines if line[:5] == b"data:"]
+        if b"[DONE]" in found:
+            yield found[: found.index(b"[DONE]")]
+            return
+        if found:
+            yield found
     raise EngineLost("the stream broke off")
