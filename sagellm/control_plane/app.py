@@ -39,6 +39,8 @@ OBJECTIVES = {
     "x-preferred-engine": ("preferred_instance_id", str),
 }
 """Header of a request -> field of its `RequestMetadata`."""
+ABSURD = 2**53
+"""Tokens that no float can count: such a wish is the engine's to refuse."""
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
@@ -249,7 +251,7 @@ async def _call(request: Request) -> Call:
     given: dict[str, Any] = {
         "request_type": KINDS[path],
         "model_name": body.get("model"),
-        "max_tokens": most if isinstance(most, int) and most > 0 else None,
+        "max_tokens": most if isinstance(most, int) and 0 < most < ABSURD else None,
         "user_id": body.get("user") if isinstance(body.get("user"), str) else None,
     }
     for header in OBJECTIVES.keys() & headers.keys():

@@ -20,6 +20,10 @@ closes."""
 TEXT = {"content-type": "application/json"}
 
 
+FAILURES = (aiohttp.ClientError, OSError, TimeoutError)
+"""What aiohttp raises."""
+
+
 class EngineLost(Exception):
     """Nobody answers, or an answer broke off. What it would have been is not known."""
 
@@ -82,7 +86,10 @@ class HttpEndpoint(Endpoint):
 
     def __init__(self, address: str, api_key: str | None = None):
         self.address = address.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # bodies are passed on as they come, and that some are compressed would not be said to the client
+        self._headers = {"Accept-Encoding": "identity"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
         self._over = False
 
@@ -106,27 +113,36 @@ class HttpEndpoint(Endpoint):
             method, self.address + path, data=data, headers={**(TEXT if data else {}), **(headers or {})}
         )
         try:
-            answer = await asyncio.wait_for(request, timeout)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            answer = await (request if timeout is None else asyncio.wait_for(request, timeout))
+        except FAILURES as error:
             raise EngineLost(f"{self.address}: {error or type(error).__name__}") from error
-
-        async def pieces() -> AsyncIterator[bytes]:
-            try:
-                async for piece in answer.content.iter_any():
-                    yield piece
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                raise EngineLost(f"{self.address}: {error or type(error).__name__}") from error
 
         async def close() -> None:
             answer.release() if answer.content.at_eof() else answer.close()
 
         found = {name.lower(): value for name, value in answer.headers.items()}
-        return Reply(answer.status, found, pieces(), close)
+        return Reply(answer.status, found, _Pieces(self.address, answer.content), close)
 
     async def aclose(self) -> None:
         self._over = True
         if self._session is not None:
             await self._session.close()
+
+
+class _Pieces(AsyncIterator[bytes]):
+    """A body as it comes. No generator, which the event loop would note and forget for each request."""
+
+    def __init__(self, address: str, content: aiohttp.StreamReader):
+        self._address, self._content = address, content
+
+    async def __anext__(self) -> bytes:
+        try:
+            piece = await self._content.readany()
+        except FAILURES as error:
+            raise EngineLost(f"{self._address}: {error or type(error).__name__}") from error
+        if not piece:
+            raise StopAsyncIteration
+        return piece
 
 
 class AppEndpoint(Endpoint):
@@ -211,20 +227,29 @@ class AppEndpoint(Endpoint):
 
 async def events(reply: Reply) -> AsyncIterator[bytes]:
     """The data of server-sent events, without the last, `[DONE]`. Raises EngineLost where that does not come."""
-    async for some in batches(reply):
+    found = Batches(reply)
+    while (some := await found.next()) is not None:
         for data in some:
             yield data
 
 
-async def batches(reply: Reply) -> AsyncIterator[list[bytes]]:
+class Batches:
     """As `events`, with those that came together at once."""
-    rest = b""
-    async for piece in reply.pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        found = [line[5:].strip() for line in lines if line[:5] == b"data:"]
-        if b"[DONE]" in found:
-            yield found[: found.index(b"[DONE]")]
-            return
-        if found:
-            yield found
-    raise EngineLost("the stream broke off")
+
+    def __init__(self, reply: Reply):
+        self._pieces, self._rest, self._done = reply.pieces, b"", False
+
+    async def next(self) -> list[bytes] | None:
+        """None: the stream has ended. Raises EngineLost."""
+        while not self._done:
+            piece = await anext(self._pieces, None)
+            if piece is None:
+                raise EngineLost("the stream broke off")
+            *lines, self._rest = (self._rest + piece).split(b"\n")
+            found = [line[5:].strip() for line in lines if line[:5] == b"data:"]
+            if b"[DONE]" in found:
+                self._done = True
+                del found[found.index(b"[DONE]") :]
+            if found:
+                return found
+        return None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json, to_json
 
 from sagellm.control_plane.calls import Call
-from sagellm.control_plane.endpoint import EngineLost, Reply, batches
+from sagellm.control_plane.endpoint import Batches, EngineLost, Reply
 from sagellm.control_plane.journal import StreamJournal
 from sagellm.control_plane.remote import message_of
 from sagellm.control_plane.routing.decision import NoEngine
@@ -59,7 +59,7 @@ class Attempt:
         self._first: float | None = None
         self._asking: asyncio.Timeout | None = None
         self._reply: Reply | None = None
-        self._events: AsyncIterator[list[bytes]] | None = None
+        self._events: Batches | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._waits_since: float | None = None
         self._lost: str | None = None
@@ -83,14 +83,14 @@ class Attempt:
         return self._reply
 
     async def events(self) -> list[bytes] | None:
-        """What a stream says next, see `endpoint.batches`; None: it has ended. Raises EngineLost."""
+        """What a stream says next, see `endpoint.Batches`; None: it has ended. Raises EngineLost."""
         if self._events is None:
             assert self._reply is not None
-            self._events = batches(self._reply)
+            self._events = Batches(self._reply)
             self._look_whether_it_stalls()
         self._waits_since = self._loop.time()
         try:
-            return await anext(self._events, None)
+            return await self._events.next()
         except EngineLost as error:
             if self._lost is not None:
                 raise EngineLost(self._lost) from error

@@ -10,7 +10,7 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from sagellm.control_plane.app import make_app
-from sagellm.control_plane.endpoint import Endpoint, Reply, batches
+from sagellm.control_plane.endpoint import Endpoint, Reply, events
 from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.control_plane.remote import RemoteEngine
 
@@ -25,11 +25,11 @@ def event(number: int) -> bytes:
 
 
 class Talking(Endpoint):
-    """An engine's server whose streams have so many pieces, of so many events."""
+    """An engine's server whose streams have so many pieces, with so many events together."""
 
-    def __init__(self, pieces: int, events: int = 1):
-        made = [event(number) for number in range(pieces * events)]
-        self.said = [b"".join(made[at : at + events]) for at in range(0, len(made), events)]
+    def __init__(self, pieces: int, together: int = 1):
+        made = [event(number) for number in range(pieces * together)]
+        self.said = [b"".join(made[at : at + together]) for at in range(0, len(made), together)]
 
     async def send(self, method, path, body=None, headers=None, timeout=None):
         async def pieces():
@@ -68,13 +68,13 @@ async def asked(app) -> list[bytes]:
     return [piece for piece in said if piece]
 
 
-def calls_of(pieces: int, events: int = 1) -> tuple[int, list[bytes]]:
+def calls_of(pieces: int, together: int = 1) -> tuple[int, list[bytes]]:
     """Calls of Python and of C functions for one stream through the control plane, and what came of it."""
 
     async def main():
         manager = ControlPlaneManager(probe_every=1000.0)
         await manager.start()
-        manager.register_engine("e", RemoteEngine(Talking(pieces, events), engine_id="e"))
+        manager.register_engine("e", RemoteEngine(Talking(pieces, together), engine_id="e"))
         await manager.wait_until_ready("e")
         app, count = make_app(manager), 0
 
@@ -98,7 +98,7 @@ def test_a_piece_takes_few_calls_and_events_that_come_together_go_together():
     short, said = calls_of(100)
     assert len(said) == 101 and said[-1] == b"data: [DONE]\n\n"
     long, _ = calls_of(200)
-    together, said = calls_of(10, events=10)
+    together, said = calls_of(10, together=10)
     assert len(said) == 11 and said[0].count(b"data: ") == 10
     assert long - short < 100 * 35
     assert short - (long - short) < 800
@@ -148,7 +148,7 @@ def test_events_are_cut_where_they_end_and_not_where_pieces_do():
         async def close():
             return None
 
-        return [one async for some in batches(Reply(200, {}, pieces(), close)) for one in some]
+        return [one async for one in events(Reply(200, {}, pieces(), close))]
 
     whole = asyncio.run(read(len(data)))
     assert len(whole) == 5 and all(asyncio.run(read(size)) == whole for size in (1, 7, 100))
