@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 
+import pytest
 from planes import run, served
 from starlette.applications import Starlette
 from starlette.responses import StreamingResponse
@@ -11,6 +12,8 @@ from starlette.routing import Route
 
 from sagellm.control_plane.app import make_app
 from sagellm.control_plane.endpoint import Endpoint, Reply, events
+from sagellm.control_plane.frame import Frame
+from sagellm.control_plane.journal import StreamJournal
 from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.control_plane.remote import RemoteEngine
 
@@ -152,3 +155,70 @@ def test_events_are_cut_where_they_end_and_not_where_pieces_do():
 
     whole = asyncio.run(read(len(data)))
     assert len(whole) == 5 and all(asyncio.run(read(size)) == whole for size in (1, 7, 100))
+
+
+TEXTS = [
+    " word",
+    "",
+    " two words",
+    'a "quote"',
+    "back\\slash",
+    "\n",
+    "é",
+    "你好",
+    ",",
+    '","token_ids":[5]',
+    "word",
+]
+
+
+def chunks_of(chat: bool, compact: bool) -> list[bytes]:
+    made = []
+    for number, text in enumerate(["word", *TEXTS, *TEXTS]):
+        said = {"delta": {"content": text}} if chat else {"text": text}
+        choice = {
+            "index": 0,
+            **said,
+            "logprobs": None,
+            "finish_reason": None,
+            "token_ids": [number, number + 1],
+        }
+        if not number:
+            choice["prompt_token_ids"] = [1, 2]
+        made.append({"id": "x", "created": 1, "model": "m", "choices": [choice], "usage": None})
+    made.append(made[-1] | {"choices": [made[-1]["choices"][0] | {"finish_reason": "length"}]})
+    return [json.dumps(one, separators=(",", ":") if compact else None).encode() for one in made]
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("path, chat", [("/v1/completions", False), ("/v1/chat/completions", True)])
+def test_a_chunk_like_the_one_before_is_passed_on_as_if_it_were_read(monkeypatch, path, chat, compact):
+    def passed_on():
+        journal, chunks = StreamJournal(path, {"prompt": "x"}), chunks_of(chat, compact)
+        said = [journal.take([chunk])[0] for chunk in chunks]
+        return [json.loads(one[6:]) if one else None for one in said], journal.tokens, journal.finish_reason
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Frame, "of", lambda *of: None)
+        expected = passed_on()
+    assert passed_on() == expected
+    assert not any("token_ids" in one["choices"][0] for one in expected[0] if one)
+    assert expected[0].count(None) == 2 and expected[1:] == (2 * (2 * len(TEXTS) + 2), "length")
+
+
+def test_a_frame_is_made_only_where_text_and_ids_can_be_told_from_the_rest():
+    chunk = b'{"id":"x","model":"m","choices":[{"index":0,"text":"a","token_ids":[3]}]}'
+    told = b'{"id":"x","model":"m","choices":[{"index":0,"text":"a"}]}'
+    frame = Frame.of(chunk, told, "a", [3])
+    assert frame.read(chunk.replace(b'"a"', b'"bc"').replace(b"[3]", b"[4,5]")) == (
+        told.replace(b'"a"', b'"bc"'),
+        [4, 5],
+    )
+    for other in (b'"finish_reason":"stop",', b'"index":1,'):
+        assert frame.read(chunk.replace(b'"index":0,', other)) is None
+    assert (
+        frame.read(chunk.replace(b"[3]", b"[]")) is None
+        and frame.read(chunk.replace(b"[3]", b"null")) is None
+    )
+    assert Frame.of(chunk.replace(b'"m"', b'"a"'), told.replace(b'"m"', b'"a"'), "a", [3]) is None
+    assert Frame.of(chunk.replace(b",", b", "), told, "b", [3]) is None
