@@ -1,6 +1,7 @@
 """What passing an answer on costs, and what becomes of the connection it came over."""
 
 import asyncio
+import gc
 import json
 import sys
 
@@ -86,11 +87,13 @@ def calls_of(pieces: int, together: int = 1) -> tuple[int, list[bytes]]:
             count += event in ("call", "c_call")
 
         await asked(app)
+        gc.disable()  # others may have asked to be called when it collects
         sys.setprofile(seen)
         try:
             said = await asked(app)
         finally:
             sys.setprofile(None)
+            gc.enable()
         await manager.stop()
         return count, said
 
