@@ -36,11 +36,15 @@ def calls(function: Callable[[], object]) -> int:
         nonlocal count
         count += event in ("call", "c_call")
 
+    collects = gc.isenabled()
+    gc.disable()  # it may come at any time, and others may have asked to be called then
     sys.setprofile(seen)
     try:
         function()
     finally:
         sys.setprofile(None)
+        if collects:
+            gc.enable()
     return count
 
 

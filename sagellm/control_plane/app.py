@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from sagellm import __version__
@@ -23,10 +25,10 @@ from sagellm.control_plane.routing.decision import NoEngine
 from sagellm.control_plane.types import RequestMetadata
 from sagellm.errors import QueueFull, UserError
 from sagellm.server import errors
-from sagellm.server.app import BoundedRoute
+from sagellm.server.app import BoundedRequest, BoundedRoute
 from sagellm.server.errors import APIError
 from sagellm.server.guard import REQUEST_ID, Guard
-from sagellm.server.streams import unless_gone
+from sagellm.server.streams import GONE
 
 TRACE_ID = "x-trace-id"
 OBJECTIVES = {
@@ -37,6 +39,8 @@ OBJECTIVES = {
     "x-preferred-engine": ("preferred_instance_id", str),
 }
 """Header of a request -> field of its `RequestMetadata`."""
+ABSURD = 2**53
+"""Tokens that no float can count: such a wish is the engine's to refuse."""
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
@@ -109,35 +113,71 @@ def make_app(
     return app
 
 
-class _Relayed(StreamingResponse):
-    """A stream that ends at its engine when the client goes away, and not when memory is next tidied."""
+class _Relayed(Response):
+    """An engine's answer, from when the request is sent there; a client that goes away ends it there, at once."""
 
-    def __init__(self, reply: Reply, headers: dict[str, str]):
-        super().__init__(reply.pieces, reply.status, headers)
-        self._reply = reply
+    background = None
+
+    def __init__(self, manager: ControlPlaneManager, call: Call):
+        self._manager, self._call = manager, call
+        self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def until_gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            here.reschedule(0)
+
         try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._reply.aclose()
+            async with asyncio.timeout(None) as here:
+                listens = asyncio.create_task(until_gone())
+                try:
+                    await self._answer(scope, receive, send)
+                finally:
+                    listens.cancel()
+        except TimeoutError:
+            if not here.expired():
+                raise
+            if not self._begun:
+                raise APIError(GONE, "the client went away") from None
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            reply = await self._manager.submit(self._call)
+        except (NoEngine, QueueFull, EngineLost) as error:
+            answer = _no_answer(error, self._manager.retry_after(self._call))
+            await answer(scope, receive, send)
+            return
+        self._begun = True
+        await _pass_on(reply, scope, receive, send)
+
+
+async def _pass_on(reply: Reply, scope: Scope, receive: Receive, send: Send) -> None:
+    if not reply.headers.get("content-type", "").startswith("text/event-stream"):
+        await Response(await reply.read(), reply.status, reply.headers)(scope, receive, send)
+        return
+    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in reply.headers.items()]
+    try:
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        async for piece in reply.pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    finally:
+        await reply.aclose()
 
 
 def _openai(app: FastAPI, manager: ControlPlaneManager) -> None:
     async def relay(request: Request) -> Response:
-        call = await _call(request)
-        try:
-            reply = await unless_gone(request, manager.submit(call))
-        except (NoEngine, QueueFull, EngineLost) as error:
-            return _no_answer(error, manager.retry_after(call))
-        headers = dict(reply.headers)
-        if headers.get("content-type", "").startswith("text/event-stream"):
-            return _Relayed(reply, headers)
-        return Response(await reply.read(), reply.status, headers)
+        return _Relayed(manager, await _call(request))
 
     for path in KINDS:
-        app.add_api_route(
-            path, relay, methods=["POST"], response_model=None, summary="To one of the engines."
+        app.router.add_api_route(
+            path,
+            relay,
+            methods=["POST"],
+            response_model=None,
+            summary="To one of the engines.",
+            route_class_override=_Straight,
         )
 
     @app.get("/v1/models")
@@ -188,6 +228,17 @@ def _no_answer(error: NoEngine | QueueFull | EngineLost, retry_after: int) -> Re
     return errors.answer(status, str(error), code=code, retry_after=retry_after)
 
 
+class _Straight(APIRoute):
+    """Shown and found as others are, without what finds a function's arguments in a request, which takes as long as the
+    choice of an engine."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def handler(request: Request) -> Response:
+            return await self.endpoint(BoundedRequest(request.scope, request.receive))
+
+        return handler
+
+
 async def _call(request: Request) -> Call:
     body = await request.json()
     if not isinstance(body, dict):
@@ -195,25 +246,34 @@ async def _call(request: Request) -> Call:
     for name, kinds in (("model", (str, type(None))), ("stream", (bool, type(None)))):
         if not isinstance(body.get(name), kinds):
             raise APIError(400, f"{name} is {body[name]!r}; accepted: {kinds[0].__name__}", param=name)
+    path, headers = request.scope["path"], _headers(request)
     most = body.get("max_completion_tokens") or body.get("max_tokens")
     given: dict[str, Any] = {
-        "request_type": KINDS[request.url.path],
+        "request_type": KINDS[path],
         "model_name": body.get("model"),
-        "max_tokens": most if isinstance(most, int) and most > 0 else None,
+        "max_tokens": most if isinstance(most, int) and 0 < most < ABSURD else None,
         "user_id": body.get("user") if isinstance(body.get("user"), str) else None,
     }
-    for header, (name, read) in OBJECTIVES.items():
-        if (text := request.headers.get(header)) is not None:
-            try:
-                given[name] = read(text)
-            except ValueError:
-                raise APIError(400, f"{header} is {text!r}; accepted: a number", param=header) from None
+    for header in OBJECTIVES.keys() & headers.keys():
+        name, read = OBJECTIVES[header]
+        try:
+            given[name] = read(headers[header])
+        except ValueError:
+            message = f"{header} is {headers[header]!r}; accepted: a number"
+            raise APIError(400, message, param=header) from None
     metadata = RequestMetadata(**given)
-    name = request.headers.get(REQUEST_ID) or metadata.request_id
-    headers = {REQUEST_ID: name}
-    if (trace := request.headers.get(TRACE_ID)) is not None:
-        headers[TRACE_ID] = trace
-    return Call(request.url.path, body, metadata, headers)
+    passed_on = {REQUEST_ID: headers.get(REQUEST_ID.lower()) or metadata.request_id}
+    if TRACE_ID in headers:
+        passed_on[TRACE_ID] = headers[TRACE_ID]
+    return Call(path, body, metadata, passed_on)
+
+
+def _headers(request: Request) -> dict[str, str]:
+    """By lower-case name; of one that is there several times, the first."""
+    found: dict[str, str] = {}
+    for name, value in request.scope["headers"]:
+        found.setdefault(name.decode("latin-1"), value.decode("latin-1"))
+    return found
 
 
 def _management(router: APIRouter, manager: ControlPlaneManager) -> None:

@@ -14,7 +14,14 @@ from pydantic_core import from_json, to_json
 CONNECT_SECONDS = 3.0
 DISCONNECT_SECONDS = 1.0
 """That an application in this process has to notice that its client is gone."""
+KEPT_SECONDS = 3.0
+"""That a connection is kept for the next request: uvicorn's servers close theirs after 5, and none may be used as it
+closes."""
 TEXT = {"content-type": "application/json"}
+
+
+FAILURES = (aiohttp.ClientError, OSError, TimeoutError)
+"""What aiohttp raises."""
 
 
 class EngineLost(Exception):
@@ -31,7 +38,7 @@ class Reply:
     pieces: AsyncIterator[bytes]
     """The body as it comes; raises EngineLost where it breaks off."""
     aclose: Callable[[], Awaitable[None]]
-    """End the request, whether or not the body was read; may be called again."""
+    """End the request, whether or not the body was read; who reads it gets EngineLost. May be called again."""
 
     async def read(self) -> bytes:
         """The whole body."""
@@ -79,7 +86,10 @@ class HttpEndpoint(Endpoint):
 
     def __init__(self, address: str, api_key: str | None = None):
         self.address = address.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # bodies are passed on as they come, and that some are compressed would not be said to the client
+        self._headers = {"Accept-Encoding": "identity"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
         self._over = False
 
@@ -89,7 +99,8 @@ class HttpEndpoint(Endpoint):
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 headers=self._headers,
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_SECONDS),
+                cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
                 auto_decompress=False,
                 read_bufsize=2**18,
@@ -102,27 +113,36 @@ class HttpEndpoint(Endpoint):
             method, self.address + path, data=data, headers={**(TEXT if data else {}), **(headers or {})}
         )
         try:
-            answer = await asyncio.wait_for(request, timeout)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            answer = await (request if timeout is None else asyncio.wait_for(request, timeout))
+        except FAILURES as error:
             raise EngineLost(f"{self.address}: {error or type(error).__name__}") from error
-
-        async def pieces() -> AsyncIterator[bytes]:
-            try:
-                async for piece in answer.content.iter_any():
-                    yield piece
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                raise EngineLost(f"{self.address}: {error or type(error).__name__}") from error
 
         async def close() -> None:
             answer.release() if answer.content.at_eof() else answer.close()
 
         found = {name.lower(): value for name, value in answer.headers.items()}
-        return Reply(answer.status, found, pieces(), close)
+        return Reply(answer.status, found, _Pieces(self.address, answer.content), close)
 
     async def aclose(self) -> None:
         self._over = True
         if self._session is not None:
             await self._session.close()
+
+
+class _Pieces(AsyncIterator[bytes]):
+    """A body as it comes. No generator, which the event loop would note and forget for each request."""
+
+    def __init__(self, address: str, content: aiohttp.StreamReader):
+        self._address, self._content = address, content
+
+    async def __anext__(self) -> bytes:
+        try:
+            piece = await self._content.readany()
+        except FAILURES as error:
+            raise EngineLost(f"{self._address}: {error or type(error).__name__}") from error
+        if not piece:
+            raise StopAsyncIteration
+        return piece
 
 
 class AppEndpoint(Endpoint):
@@ -207,13 +227,29 @@ class AppEndpoint(Endpoint):
 
 async def events(reply: Reply) -> AsyncIterator[bytes]:
     """The data of server-sent events, without the last, `[DONE]`. Raises EngineLost where that does not come."""
-    rest = b""
-    async for piece in reply.pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                data = line[5:].strip()
-                if data == b"[DONE]":
-                    return
-                yield data
-    raise EngineLost("the stream broke off")
+    found = Batches(reply)
+    while (some := await found.next()) is not None:
+        for data in some:
+            yield data
+
+
+class Batches:
+    """As `events`, with those that came together at once."""
+
+    def __init__(self, reply: Reply):
+        self._pieces, self._rest, self._done = reply.pieces, b"", False
+
+    async def next(self) -> list[bytes] | None:
+        """None: the stream has ended. Raises EngineLost."""
+        while not self._done:
+            piece = await anext(self._pieces, None)
+            if piece is None:
+                raise EngineLost("the stream broke off")
+            *lines, self._rest = (self._rest + piece).split(b"\n")
+            found = [line[5:].strip() for line in lines if line[:5] == b"data:"]
+            if b"[DONE]" in found:
+                self._done = True
+                del found[found.index(b"[DONE]") :]
+            if found:
+                return found
+        return None

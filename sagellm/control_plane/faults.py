@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from attrs import define
+from collections.abc import Callable
+
+from attrs import define, field
 
 from sagellm.engine.stats import EngineLoad
 
@@ -12,6 +14,32 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds; each further failure doubles the pause."""
 RETRIES_AT_ONCE = 10.0
 RETRIES_PER_REQUEST = 0.2
+
+
+@define(eq=False)
+class Lost:
+    """Whether an engine does not answer any more, and who wants to hear of it."""
+
+    _set: bool = False
+    _listeners: set[Callable[[], None]] = field(factory=set)
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        self._set = True
+        for hears in list(self._listeners):
+            hears()
+
+    def clear(self) -> None:
+        self._set = False
+
+    def listen(self, hears: Callable[[], None]) -> None:
+        """Until `forget`."""
+        self._listeners.add(hears)
+
+    def forget(self, hears: Callable[[], None]) -> None:
+        self._listeners.discard(hears)
 
 
 @define

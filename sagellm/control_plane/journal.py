@@ -8,12 +8,13 @@ takes token ids gets prompt and output as one prompt, where this is the same thi
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic_core import from_json, to_json
 
 from sagellm.control_plane.endpoint import EngineLost
+from sagellm.control_plane.frame import Frame
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 IDS = ("token_ids", "prompt_token_ids")
@@ -38,6 +39,10 @@ class StreamJournal:
         """What all chunks of the answer have in common: id, created, model."""
         self._prompt: list[int] | None = None
         self._ids: list[int] = []
+        self._told: list[int] = []
+        """The last choice's tokens."""
+        self._frame: Frame | None = None
+        """Of the engine's chunks, once one has shown it."""
         self._known = True
         """Whether `_ids` are all tokens of what was passed on."""
         self._translated = False
@@ -59,7 +64,7 @@ class StreamJournal:
             body["return_token_ids"] = True
         if "resume_token_ids" in features and body.get("seed") is None and body.get("temperature") != 0:
             body["seed"] = self._asked["seed"] = secrets.randbits(62)
-        self._translated = False
+        self._translated, self._frame = False, None
         if not self._ids:
             return self._path, body
         if "resume_token_ids" in features:
@@ -91,11 +96,24 @@ class StreamJournal:
         plain = not self._reasoned and not any(self._asked.get(name) for name in NOT_PLAIN)
         return plain and "return_token_ids" in features and self._prompt is not None
 
-    def take(self, data: bytes) -> bytes | None:
-        """An engine's chunk as the client gets it; None: there is nothing in it for the client.
+    def take(self, chunks: Iterable[bytes]) -> tuple[bytes, EngineLost | None]:
+        """An engine's chunks as the client gets them, as events. With an error the engine is lost: one says that it
+        failed, or is no JSON; what it said before that counts."""
+        events: list[bytes] = []
+        try:
+            for data in chunks:
+                if (said := self._chunk(data)) is not None:
+                    events += (b"data: ", said, b"\n\n")
+        except EngineLost as error:
+            return b"".join(events), error
+        return b"".join(events), None
 
-        Raises EngineLost where it says that the engine failed, or is no JSON.
-        """
+    def _chunk(self, data: bytes) -> bytes | None:
+        """None: there is nothing in it for the client."""
+        if self._frame is not None and (found := self._frame.read(data)) is not None:
+            said, ids = found
+            self._ids += ids
+            return said or None
         try:
             chunk = from_json(data)
         except ValueError as error:
@@ -120,11 +138,29 @@ class StreamJournal:
             return None
         if self._translated:
             chunk["object"] = "chat.completion.chunk"
-        return to_json(chunk)
+        said = to_json(chunk)
+        if self._frame is None:
+            self._frame = self._frame_of(data, chunk, said)
+        return said
+
+    def _frame_of(self, data: bytes, chunk: dict[str, Any], said: bytes) -> Frame | None:
+        """Where others like this chunk are passed on as it was, but for text and token ids."""
+        choices = chunk.get("choices", ())
+        if self._wants_ids or chunk.get("usage") or len(choices) != 1 or not self._told:
+            return None
+        if b'"prompt_token_ids":[' in data:  # only the first has it
+            return None
+        (choice,) = choices
+        delta = choice.get("delta")
+        text = choice.get("text") if delta is None else delta.get("content")
+        if not text or choice.get("finish_reason") or choice.get("logprobs") or (delta and len(delta) > 1):
+            return None
+        return Frame.of(data, said, text, self._told)
 
     def _choice(self, choice: dict[str, Any]) -> bool:
         """Write down what a choice says; whether there is something for the client."""
         ids, prompt = choice.get("token_ids"), choice.get("prompt_token_ids")
+        self._told = ids or []
         if self._prompt is None and prompt is not None:
             self._prompt = list(prompt)
         if ids:

@@ -11,7 +11,7 @@ from attrs import define, field
 
 from sagellm.control_plane.endpoint import Endpoint
 from sagellm.control_plane.face import features_of
-from sagellm.control_plane.faults import Breaker, Progress
+from sagellm.control_plane.faults import Breaker, Lost, Progress
 from sagellm.control_plane.types import EngineInfo
 from sagellm.control_plane.waiting import Pace
 from sagellm.engine.base import BaseInferenceEngine
@@ -34,7 +34,7 @@ class Member:
     """An object's `start`."""
     start_error: str = ""
     breaker: Breaker = field(factory=Breaker)
-    lost: asyncio.Event = field(factory=asyncio.Event)
+    lost: Lost = field(factory=Lost)
     """Set when it does not answer any more: what is open there is given up."""
     idle: asyncio.Event = field(factory=asyncio.Event)
     """Set while no request of ours is there."""

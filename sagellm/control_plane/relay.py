@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json, to_json
 
 from sagellm.control_plane.calls import Call
-from sagellm.control_plane.endpoint import EngineLost, Reply, events
+from sagellm.control_plane.endpoint import Batches, EngineLost, Reply
 from sagellm.control_plane.journal import StreamJournal
 from sagellm.control_plane.remote import message_of
 from sagellm.control_plane.routing.decision import NoEngine
@@ -33,6 +33,8 @@ PASSED_ON = ("content-type", "retry-after", "cache-control")
 """Headers of an engine's answer that the client sees."""
 ENGINE = "x-sagellm-engine"
 DONE = b"data: [DONE]\n\n"
+END_SECONDS = 1.0
+"""That a stream has to end behind its last event."""
 
 
 class Outcome(Enum):
@@ -45,33 +47,75 @@ class Outcome(Enum):
 
 
 class Attempt:
-    """A request at one engine, from when it is sent until it has ended there, told to the manager once each."""
+    """A request at one engine, from when it is sent until it has ended there, told to the manager once each.
+
+    The engine is given up, from wherever it is waited for, where others find it lost, or a stream stalls.
+    """
 
     def __init__(self, manager: ControlPlaneManager, member: Member, call: Call):
         self._manager, self.member, self._call = manager, member, call
+        self._loop = asyncio.get_running_loop()
         self._began = time.perf_counter()
         self._first: float | None = None
+        self._asking: asyncio.Timeout | None = None
         self._reply: Reply | None = None
+        self._events: Batches | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._waits_since: float | None = None
+        self._lost: str | None = None
         self._over = False
         manager.sent(member, call)
-        self._watch = asyncio.create_task(self._until_lost())
-
-    async def _until_lost(self) -> None:
-        await self.member.lost.wait()
-        if self._reply is not None:
-            await self._reply.aclose()
+        member.lost.listen(self._is_lost)
+        if member.lost.is_set():
+            self._is_lost()
 
     async def begin(self, path: str, body: dict[str, Any]) -> Reply:
-        """The head of the answer. Raises EngineLost, also where others find the engine lost meanwhile."""
-        asks = asyncio.create_task(self.member.endpoint.send("POST", path, body, self._call.headers))
+        """The head of the answer. Raises EngineLost."""
+        if self._lost is not None:
+            raise EngineLost(self._lost)
         try:
-            await asyncio.wait([asks, self._watch], return_when=asyncio.FIRST_COMPLETED)
-            if not asks.done():
-                raise EngineLost(f"{self.member.info.engine_id} does not answer any more")
-            self._reply = asks.result()
-            return self._reply
+            async with asyncio.timeout(None) as self._asking:
+                self._reply = await self.member.endpoint.send("POST", path, body, self._call.headers)
+        except TimeoutError as error:
+            raise EngineLost(self._lost or "no answer in time") from error
         finally:
-            asks.cancel()
+            self._asking = None
+        return self._reply
+
+    async def events(self) -> list[bytes] | None:
+        """What a stream says next, see `endpoint.Batches`; None: it has ended. Raises EngineLost."""
+        if self._events is None:
+            assert self._reply is not None
+            self._events = Batches(self._reply)
+            self._look_whether_it_stalls()
+        self._waits_since = self._loop.time()
+        try:
+            return await self._events.next()
+        except EngineLost as error:
+            if self._lost is not None:
+                raise EngineLost(self._lost) from error
+            raise
+        finally:
+            self._waits_since = None
+
+    def _look_whether_it_stalls(self) -> None:
+        """One timer goes on through a stream, as setting one for each piece costs more than passing it on."""
+        seconds = self._manager.config.stall
+        waits = 0.0 if self._waits_since is None else self._loop.time() - self._waits_since
+        if waits >= seconds:
+            self._give_up(f"it said nothing for {seconds:g} s")
+        else:
+            self._timer = self._loop.call_later(seconds - waits, self._look_whether_it_stalls)
+
+    def _is_lost(self) -> None:
+        self._give_up(f"{self.member.info.engine_id} does not answer any more")
+
+    def _give_up(self, why: str) -> None:
+        self._lost = why
+        if self._asking is not None:
+            self._asking.reschedule(self._loop.time())
+        elif self._reply is not None:
+            _in_background(self._reply.aclose())
 
     def first_token(self) -> None:
         if self._first is None:
@@ -83,13 +127,40 @@ class Attempt:
         if self._over:
             return
         self._over = True
-        self._watch.cancel()
+        self.member.lost.forget(self._is_lost)
+        if self._timer is not None:
+            self._timer.cancel()
         per_token = None
         if self._first is not None and made > 1:
             per_token = (time.perf_counter() - self._began - self._first) / (made - 1)
         self._manager.ended(self.member, self._call, outcome, made, per_token)
-        if self._reply is not None:  # a client that went away has this task cancelled at every await
-            await asyncio.shield(asyncio.create_task(self._reply.aclose()))
+        if self._reply is None:
+            return
+        if outcome is Outcome.ANSWERED:
+            _in_background(_let_end(self._reply))
+        else:  # a client that went away may have this task cancelled at every await
+            await asyncio.shield(_in_background(self._reply.aclose()))
+
+
+_closing: set[asyncio.Task] = set()
+
+
+def _in_background(work: Coroutine[Any, Any, None]) -> asyncio.Task:
+    task = asyncio.create_task(work)
+    _closing.add(task)
+    task.add_done_callback(_closing.discard)
+    return task
+
+
+async def _let_end(reply: Reply) -> None:
+    """Behind its last event an answer still has an end; once that is read, the connection serves the next request."""
+    try:
+        with suppress(EngineLost, TimeoutError):
+            async with asyncio.timeout(END_SECONDS):
+                async for _ in reply.pieces:
+                    pass
+    finally:
+        await reply.aclose()
 
 
 class Relay:
@@ -175,15 +246,9 @@ class Relay:
             return opened
         engines: list[str] = []
         pieces = self._pieces(call, journal, opened, tried, engines)
-        first = await anext(pieces)
-
-        async def body() -> AsyncIterator[bytes]:
-            yield first
-            async for piece in pieces:
-                yield piece
-
+        said = _Begun(await anext(pieces), pieces)
         headers = {"content-type": "text/event-stream", "cache-control": "no-cache", ENGINE: engines[-1]}
-        return Reply(200, headers, body(), pieces.aclose)
+        return Reply(200, headers, said, pieces.aclose)
 
     async def _pieces(
         self,
@@ -195,17 +260,20 @@ class Relay:
     ) -> AsyncIterator[bytes]:
         """`engines` get the id of each one as it begins. Raises EngineLost while nothing was said."""
         while opened is not None:
-            attempt, reply = opened
+            attempt, _ = opened
             engines.append(attempt.member.info.engine_id)
             outcome = Outcome.REFUSED
             before = journal.tokens
             try:
-                async for data in _before_it_stalls(reply, self._manager.config.stall):
-                    if (piece := journal.take(data)) is not None:
-                        if journal.began:
-                            self._note_start(call)
-                            attempt.first_token()
-                        yield b"data: " + piece + b"\n\n"
+                while (said := await attempt.events()) is not None:
+                    told, error = journal.take(said)
+                    if journal.began:
+                        self._note_start(call)
+                        attempt.first_token()
+                    if told:
+                        yield told
+                    if error is not None:
+                        raise error
                 outcome = Outcome.ANSWERED
             except EngineLost as error:
                 outcome = Outcome.FAILED
@@ -252,18 +320,20 @@ class Relay:
         meta.last_token_time = meta.end_time
 
 
-async def _before_it_stalls(reply: Reply, seconds: float) -> AsyncIterator[bytes]:
-    """Events; raises EngineLost too where none comes for so long."""
-    found = events(reply)
-    try:
-        while True:
-            async with asyncio.timeout(seconds):
-                data = await anext(found, None)
-            if data is None:
-                return
-            yield data
-    except TimeoutError as error:
-        raise EngineLost(f"it said nothing for {seconds:g} s") from error
+class _Begun(AsyncIterator[bytes]):
+    """A stream of which the first piece was read."""
+
+    def __init__(self, first: bytes, rest: AsyncIterator[bytes]):
+        self._first: bytes | None = first
+        self._rest = rest
+
+    def __anext__(self) -> Awaitable[bytes]:
+        return self._rest.__anext__() if self._first is None else self._take()
+
+    async def _take(self) -> bytes:
+        assert self._first is not None
+        first, self._first = self._first, None
+        return first
 
 
 def _made(body: bytes) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -56,7 +57,13 @@ def run(
         app = make_app(manager, keys, drain_seconds=drain_seconds)
         address = f"http://{host}:{found.getsockname()[1]}"
         settings = uvicorn.Config(
-            app, log_level="warning", timeout_graceful_shutdown=int(drain_seconds) + 5, lifespan="on"
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=int(drain_seconds) + 5,
+            lifespan="on",
         )
+        gc.collect()
+        gc.freeze()  # modules and what they hold stay: the collector need not go through them again
         click.echo(f"ready: control plane ({manager.router.strategy.name}) at {address}/v1", err=True)
         uvicorn.Server(settings).run(sockets=[found])

@@ -44,7 +44,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-class _Request(Request):
+class BoundedRequest(Request):
     """Reads JSON with bounds on nesting, and without NaN and the infinities."""
 
     async def json(self) -> Any:
@@ -55,13 +55,13 @@ class _Request(Request):
 
 
 class BoundedRoute(APIRoute):
-    """Bodies are read as `_Request` does."""
+    """Bodies are read as `BoundedRequest` does."""
 
     def get_route_handler(self) -> Callable:
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
-            return await handle(_Request(request.scope, request.receive))
+            return await handle(BoundedRequest(request.scope, request.receive))
 
         return handler
 

@@ -172,6 +172,13 @@ def test_a_decision_is_explained(engine):
             400,
             "x-slo-deadline-ms is 'soon'",
         ),
+        (
+            "/v1/completions",
+            {"model": "no-such", "prompt": "x", "max_tokens": 10**400},
+            {},
+            404,
+            "unknown model",
+        ),
         ("/v1/completions", {"prompt": "x"}, {"x-priority": "urgent"}, 400, "unknown priority 'urgent'"),
         (f"{MANAGEMENT}/engines", {"model": "m", "engine_kind": "tgi"}, {}, 400, "unknown engine kind 'tgi'"),
         (

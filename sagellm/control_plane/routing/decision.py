@@ -24,7 +24,7 @@ from sagellm.control_plane.routing.fleet import (
     Fleet,
     Refusals,
 )
-from sagellm.control_plane.routing.strategies import NO_PARTS, Candidates, Score, Weights, strategy
+from sagellm.control_plane.routing.strategies import NO_PARTS, Candidates, Strategy, Weights, strategy
 from sagellm.errors import UserError, unknown
 
 PREFERRED = "preferred"
@@ -34,7 +34,6 @@ STATUS = {"unknown_model": 404, "unable": 400, "not_accepting": 503, "full": 429
 
 KEPT_CHUNKS = 64
 """Longer prompts would fill the memory with decisions."""
-NOTHING = Score((), NO_PARTS)
 
 
 class NoEngine(UserError):
@@ -56,7 +55,7 @@ class NoEngine(UserError):
 
 @define(eq=False)
 class Decision:
-    """Who got a request, and why. Arrays [rows] as they were; words are made when they are read."""
+    """Who got a request, and why. Scores and words are made again, from what was seen, when they are read."""
 
     number: int
     at: float
@@ -65,15 +64,18 @@ class Decision:
     strategy: str
     chosen: str | None
     """None: nobody."""
-    parts: Mapping[str, np.ndarray]
     refusals: Refusals
     engines: Sequence[Engine | None]
-    error: str = ""
+    error: str
+    by: Strategy
+    seen: Candidates | None
+    """By the strategy, which makes the same score of it again; None: it was not asked."""
 
     def candidates(self) -> dict[str, dict[str, float | bool | str]]:
         """Engine -> what its score was made of; the chosen one first, where there is one."""
         able = self.refusals.able.nonzero()[0].tolist()
-        found = {self._at(row).engine_id: self._parts(row) for row in able}
+        parts = NO_PARTS if self.seen is None else self.by.score(self.seen).parts
+        found = {self._at(row).engine_id: _parts(parts, row) for row in able}
         return dict(sorted(found.items(), key=lambda item: item[0] != self.chosen))
 
     def refused(self) -> dict[str, list[str]]:
@@ -111,14 +113,6 @@ class Decision:
         assert engine is not None
         return engine
 
-    def _parts(self, row: int) -> dict[str, float | bool | str]:
-        shown = {name: values[row].item() for name, values in self.parts.items()}
-        if "hardware" in shown:
-            shown["hardware"] = HARDWARE[int(shown["hardware"])]
-        if shown.get("guessed"):
-            shown["guessed"] = "nothing was seen of its kind: taken to be as fast as the fastest"
-        return shown
-
     def _reasons(self, row: int, reasons: np.ndarray) -> list[str]:
         engine, request = self._at(row), self.request
         lacking = sorted(request.features - engine.features - {"chat", "completions", "embeddings"})
@@ -137,6 +131,15 @@ class Decision:
             "full": f"has {engine.max_concurrent} requests, its most",
         }
         return [words[REASONS[reason]] for reason in np.flatnonzero(reasons).tolist()]
+
+
+def _parts(parts: Mapping[str, np.ndarray], row: int) -> dict[str, float | bool | str]:
+    shown = {name: values[row].item() for name, values in parts.items()}
+    if "hardware" in shown:
+        shown["hardware"] = HARDWARE[int(shown["hardware"])]
+    if shown.get("guessed"):
+        shown["guessed"] = "nothing was seen of its kind: taken to be as fast as the fastest"
+    return shown
 
 
 def _shown(value: object) -> str:
@@ -179,20 +182,20 @@ class Router:
             rows = refusals.able.nonzero()[0]
         preferred = request.preferred
         if preferred is not None and preferred in fleet and refusals.able[row := fleet.row(preferred)]:
-            name, score, rows = PREFERRED, NOTHING, np.array([row])
+            name, seen = PREFERRED, None
         else:
-            name = self.strategy.name
-            score = self.strategy.score(Candidates(fleet, request, refusals.able))
-        row = self._best(rows, score.keys)
+            name, seen = self.strategy.name, Candidates(fleet, request, refusals.able)
+            row = self._best(rows, self.strategy.score(seen).keys)
         fleet.columns.turn[row] = self.number
-        return self._note(request, name, row, score.parts, refusals)
+        return self._note(request, name, row, refusals, seen)
 
     def _best(self, rows: np.ndarray, keys: Sequence[np.ndarray]) -> int:
         for key in (*keys, self.fleet.columns.turn):
             if rows.size == 1:
                 break
             values = key[rows]
-            rows = rows[values == np.minimum.reduce(values)]
+            # minimum.reduce(), and a comparison with anything but an array, take several times as long
+            rows = rows[values == values[values.argmin(), ...]]
         return int(rows[0] if rows.size == 1 else self._random.choice(rows))
 
     def _shorter(self, request: Ask, excluded: Collection[str], refusals: Refusals) -> Refusals:
@@ -208,13 +211,15 @@ class Router:
         request: Ask,
         name: str,
         row: int | None,
-        parts: Mapping[str, np.ndarray],
         refusals: Refusals,
+        seen: Candidates | None = None,
         error: str = "",
     ) -> Decision:
         if len(request.chunks) > KEPT_CHUNKS:
             request = evolve(request, chunks=())
-        engines = self.fleet.engines[:]
+            if seen is not None:
+                seen.request = request
+        engines = self.fleet.engines
         chosen = None if row is None else engines[row]
         decision = Decision(
             self.number,
@@ -222,10 +227,11 @@ class Router:
             request,
             name,
             chosen and chosen.engine_id,
-            parts,
             refusals,
             engines,
             error,
+            self.strategy,
+            seen,
         )
         self.decisions.append(decision)
         return decision
@@ -247,7 +253,7 @@ class Router:
             error = NoEngine("not_accepting", "no engine that could serve it takes requests now")
         else:
             error = None
-        decision = self._note(request, self.strategy.name, None, NO_PARTS, refusals, str(error or ""))
+        decision = self._note(request, self.strategy.name, None, refusals, error=str(error or ""))
         if error is None:
             serving = ~reasons[MODEL]
             why = {

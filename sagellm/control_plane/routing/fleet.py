@@ -12,7 +12,7 @@ from attrs import define, field, frozen
 
 from sagellm.control_plane.features import ROUTES
 from sagellm.control_plane.routing.ask import KINDS, Ask
-from sagellm.control_plane.routing.columns import Columns
+from sagellm.control_plane.routing.columns import Columns, Outlook, outlook
 from sagellm.control_plane.routing.learned import PRIOR, Mean, Speeds
 from sagellm.control_plane.routing.prefixes import CHUNK, PrefixTable
 from sagellm.engine.stats import EngineLoad
@@ -27,7 +27,7 @@ DOMESTIC = frozenset({"ascend", "npu", "mlu", "cambricon", "dcu", "hygon", "xpu"
 NO_ACCELERATOR = frozenset({"cpu", "null"})
 NOT_KNOWN = frozenset({"", "auto", "unknown"})
 HARDWARE = ("sageLLM on a domestic accelerator", "an accelerator", "a device that is not known", "a CPU")
-DEFAULT_OUTPUT = 256
+DEFAULT_OUTPUT = 256.0
 """Tokens that an answer is taken to have before one was seen."""
 
 
@@ -122,7 +122,8 @@ class Fleet:
         """`chunk_tokens`: that a chunk of the requests has."""
         self.chunk_tokens = chunk_tokens
         self.prefixes = PrefixTable()
-        self.engines: list[Engine | None] = []
+        self.engines: tuple[Engine | None, ...] = ()
+        """By row."""
         self.models: Counter[str] = Counter()
         self.columns = Columns()
         self.speeds = Speeds()
@@ -134,6 +135,8 @@ class Fleet:
         self._bits = {feature: 1 << number for number, feature in enumerate(ROUTES.values())}
         self._route = {kind: self._bits[ROUTES[path]] for path, kind in KINDS.items()}
         self._standing: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
+        self._now: Outlook | None = None
+        """None: something happened since it was made."""
 
     def __len__(self) -> int:
         return len(self._row)
@@ -150,6 +153,13 @@ class Fleet:
             return self._row[engine_id]
         except KeyError:
             raise unknown("engine", engine_id, self._row) from None
+
+    @property
+    def now(self) -> Outlook:
+        """Made again when something has happened since."""
+        if self._now is None:
+            self._now = outlook(self.columns, self.speeds)
+        return self._now
 
     # engines come and go
 
@@ -176,13 +186,11 @@ class Fleet:
             features = features - {"chat", "completions"} | {"embeddings"}
         bits = self._intern(features)
         row = self._spare.pop() if self._spare else len(self.engines)
-        if row == len(self.engines):
-            self.engines.append(None)
         if row == len(self.columns):
             self.columns.double()
         self._row[engine_id] = row
         tags = {name: str(value) for name, value in (labels or {}).items()}
-        self.engines[row] = Engine(
+        engine = Engine(
             engine_id,
             kind,
             model_id,
@@ -194,6 +202,7 @@ class Fleet:
             tags,
             ranks,
         )
+        self.engines = (*self.engines[:row], engine, *self.engines[row + 1 :])
         c = self.columns
         c.live[row], c.features[row], c.ranks[row] = True, bits, ranks
         c.model[row] = self._model.setdefault(model_id, len(self._model))
@@ -207,6 +216,7 @@ class Fleet:
             self._labelled.setdefault(label, set()).add(row)
         self.models[model_id] += 1
         self._standing.clear()
+        self._now = None
         self.prefixes.bound(row, None if kv_tokens is None else max(1, kv_tokens // self.chunk_tokens))
         return row
 
@@ -215,10 +225,11 @@ class Fleet:
         row = self.row(engine_id)
         engine = self._engine(row)
         del self._row[engine_id]
-        self.engines[row] = None
+        self.engines = (*self.engines[:row], None, *self.engines[row + 1 :])
         self.columns.clear(row)
         self._spare.append(row)
         self._standing.clear()
+        self._now = None
         self.prefixes.forget(row)
         for label in engine.labels.items():
             self._labelled[label].discard(row)
@@ -242,6 +253,7 @@ class Fleet:
         c.queue[row] = waiting / max(1, running)
         c.kv_use[row] = used
         c.crowded[row] = min(1.0, max(0.0, (used - KV_FULL) / (1 - KV_FULL)))
+        self._now = None
 
     def lost_cache(self, engine_id: str) -> None:
         """It was started again: what it saw is not there any more."""
@@ -282,6 +294,7 @@ class Fleet:
         flights[request.request_id] = Flight(computed, int(c.ahead[row]), int(c.active[row]) + 1)
         c.ahead[row] += computed
         c.active[row] += 1
+        self._now = None
         self.prefixes.saw(row, request.chunks)
 
     def first_token(self, engine_id: str, request: Ask, seconds: float) -> None:
@@ -295,6 +308,7 @@ class Fleet:
         c.ahead[row] -= flight.computed
         factor.add(self.speeds.first(int(c.kind[row]), flight.before + flight.computed, seconds))
         c.ttft_factor[row] = factor.value
+        self._now = None
 
     def finished(
         self, engine_id: str, request: Ask, generated: int, seconds_per_token: float | None = None
@@ -310,6 +324,7 @@ class Fleet:
             beside = (flight.beside + c.active[row] + 1) / 2
             engine.tpot.add(self.speeds.each(int(c.kind[row]), beside, seconds_per_token))
             c.tpot_factor[row] = engine.tpot.value
+            self._now = None
 
     def failed(self, engine_id: str, request: Ask) -> None:
         """It ended without an answer: nothing is learned from it."""
@@ -323,6 +338,7 @@ class Fleet:
         self.columns.active[row] -= 1
         if not flight.first:
             self.columns.ahead[row] -= flight.computed
+        self._now = None
         return row, flight
 
     def output_of(self, request: Ask) -> float:
@@ -330,7 +346,7 @@ class Fleet:
         model = request.model or next(iter(self.models), "")
         seen = self._output.get(model)
         expected = seen.value if seen else DEFAULT_OUTPUT
-        return expected if request.max_tokens is None else min(expected, request.max_tokens)
+        return expected if request.max_tokens is None else min(expected, float(request.max_tokens))
 
     # who can serve it
 
@@ -346,8 +362,8 @@ class Fleet:
         refused, able = standing
         c = self.columns
         prompt = (least and request.least_tokens) or request.prompt_tokens
-        fits = c.max_length >= prompt + (request.max_tokens or 1)
-        free = c.active < c.max_concurrent
+        fits = c.max_length >= float(prompt + (request.max_tokens or 1))
+        free = self.now.free
         able = able & fits & free
         passed = {LENGTH: fits, FULL: free}
         if request.cost_budget is not None:

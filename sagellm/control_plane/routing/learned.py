@@ -13,6 +13,8 @@ PROMPT_TOKEN, NEXT_TOKEN = 1e-4, 0.02
 """Seconds that are assumed as long as no engine was seen."""
 TTFT_LEAST, TPOT_LEAST = 0.25, 0.05
 """See `Line.least`: that the first token takes longer for each prompt token, and the next ones for each request."""
+DEFAULTS = ((0.0, PROMPT_TOKEN), (NEXT_TOKEN, TPOT_LEAST * NEXT_TOKEN))
+"""Start and slope of both, from these."""
 ALIKE = 0.04
 """Part of their mean square that values vary by at least, for a slope to be seen in them."""
 PRIOR = 10
@@ -82,49 +84,65 @@ class Speeds:
 
     def __init__(self) -> None:
         self._kinds: dict[Hashable, int] = {}
-        self._ttft: list[Line] = []
-        self._tpot: list[Line] = []
+        self._lines: tuple[list[Line], list[Line]] = ([], [])
         self.known = np.zeros((2, 0), np.bool_)
         """Whether the first token, and whether the time between two, was seen."""
+        self.guessed = np.zeros(0, np.bool_)
+        """Whether one of the two was not."""
         self.unseen = 0
-        self.table = np.zeros((4, 0))
+        """How often `known` is not."""
+        self.table = np.zeros((4, 1))
         """Seconds to a first token, beside those for each prompt token up to it; seconds to a next token, beside those
-        for each request there."""
+        for each request there. One more than there are kinds, as rows without an engine have a kind too."""
 
     def kind(self, of: Hashable) -> int:
         """Its index."""
         if of not in self._kinds:
             self._kinds[of] = len(self._kinds)
-            self._ttft.append(Line(TTFT_LEAST))
-            self._tpot.append(Line(TPOT_LEAST))
+            for lines, least in zip(self._lines, (TTFT_LEAST, TPOT_LEAST)):
+                lines.append(Line(least))
             self.known = np.concatenate([self.known, np.zeros((2, 1), np.bool_)], axis=1)
             self.table = np.concatenate([self.table, np.zeros((4, 1))], axis=1)
-            self._guess()
+            self._count()
+            for what in range(2):
+                self._guess(what)
         return self._kinds[of]
 
     def first(self, kind: int, tokens: float, seconds: float) -> float:
         """A first token came behind so many prompt tokens. Returns the time over the one predicted."""
-        return self._learn(0, kind, self._ttft[kind], tokens, seconds)
+        return self._learn(0, kind, tokens, seconds)
 
     def each(self, kind: int, requests: float, seconds: float) -> float:
         """Tokens came so many seconds apart, among so many requests. Returns the time over the one predicted."""
-        return self._learn(1, kind, self._tpot[kind], requests, seconds)
+        return self._learn(1, kind, requests, seconds)
 
-    def _learn(self, what: int, kind: int, line: Line, x: float, seconds: float) -> float:
-        expected, ratio = line.at(x), 1.0
-        if self.known[what, kind] and expected > 0:
+    def _learn(self, what: int, kind: int, x: float, seconds: float) -> float:
+        line, ratio = self._lines[what][kind], 1.0
+        expected = line.at(x)
+        known = self.known.item(what, kind)
+        if known and expected > 0:
             ratio = min(OUTLIER, max(1 / OUTLIER, seconds / expected))
             seconds = expected * ratio
         line.add(x, seconds)
-        self.table[2 * what : 2 * what + 2, kind] = line.start, line.slope
-        self.known[what, kind] = True
+        self.table[2 * what, kind], self.table[2 * what + 1, kind] = line.start, line.slope
+        if not known:
+            self.known[what, kind] = True
+            self._count()
         if self.unseen:
-            self._guess()
+            self._guess(what)
         return ratio
 
-    def _guess(self) -> None:
-        for what, default in ((0, (0.0, PROMPT_TOKEN)), (1, (NEXT_TOKEN, TPOT_LEAST * NEXT_TOKEN))):
-            known, rows = self.known[what], self.table[2 * what : 2 * what + 2]
-            fastest = rows[:, known].min(axis=1) if known.any() else np.array(default)
-            rows[:, ~known] = fastest[:, None]
+    def _count(self) -> None:
         self.unseen = int((~self.known).sum())
+        self.guessed = ~self.known.all(axis=0)
+
+    def _guess(self, what: int) -> None:
+        """Kinds are few: a loop takes less time than numpy."""
+        known, rows = self.known[what].tolist(), self.table[2 * what : 2 * what + 2]
+        seen = [line for line, is_known in zip(self._lines[what], known) if is_known]
+        start, slope = DEFAULTS[what]
+        if seen:
+            start, slope = min([line.start for line in seen]), min([line.slope for line in seen])
+        for kind, is_known in enumerate(known):
+            if not is_known:
+                rows[0, kind], rows[1, kind] = start, slope

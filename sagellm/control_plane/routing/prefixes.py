@@ -10,6 +10,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,17 +55,16 @@ def read_prompt(path: str, body: Mapping[str, Any]) -> Prompt:
         return Prompt((), max(1, tokens), max(1, least))
     if path == "/v1/chat/completions":
         tools, messages = body.get("tools"), body.get("messages") or ()
-        texts = [_text_of(message) for message in (messages if isinstance(messages, list) else ())]
+        texts = [_text_of(message) for message in messages] if isinstance(messages, list) else []
         data = [_data("".join([str(tools), *texts] if tools else texts))]
     else:
         data = [_data(each) for each in _each(body.get("prompt"))]
-    sizes = [_size(each) for each in data]
     root = hash((path, str(body.get("model")), str(body.get("cache_salt"))))
-    return Prompt(
-        _chain(root, *data[0]) if data else (),
-        max(1, sum([tokens for tokens, _ in sizes])),
-        max(1, sum([least for _, least in sizes])),
-    )
+    tokens = least = 0
+    for each in data:
+        more, at_least = _size(each)
+        tokens, least = tokens + more, least + at_least
+    return Prompt(_chain(root, *data[0]) if data else (), tokens or 1, least or 1)
 
 
 def _text_of(message: Any) -> str:
@@ -112,10 +112,10 @@ def _bits(mask: int, rows: int) -> np.ndarray:
     return np.unpackbits(data, count=rows, bitorder="little").astype(np.float64)
 
 
-def _deeper(found: np.ndarray | None, mask: int, depth: int, rows: int) -> np.ndarray:
+def _deeper(found: np.ndarray | None, mask: int, depth: float, rows: int) -> np.ndarray:
     if not depth:
         return np.zeros(rows)
-    here = _bits(mask, rows) * depth
+    here = _bits(mask, rows) * float(depth)
     return here if found is None else np.maximum(found, here)
 
 
@@ -135,18 +135,19 @@ class PrefixTable:
         """Remember so many chunks of this row; None: `DEFAULT_CHUNKS`."""
         self._most[row] = DEFAULT_CHUNKS if chunks is None else chunks
 
-    def match(self, chunks: Sequence[int], rows: int) -> np.ndarray:
-        """float64 [rows]: with how many of these chunks, from the first on, each row is familiar."""
+    def match(self, chunks: Sequence[int], rows: int, unit: float = 1.0, most: float = inf) -> np.ndarray:
+        """float64 [rows]: with how many of these chunks, from the first on, each row is familiar; each counts as
+        `unit`, and all together as `most` at most."""
         known, mask, depth, found = self._rows, -1, 0, None
         for chunk in chunks:
             left = known.get(chunk, 0) & mask
             if left != mask:
-                found = _deeper(found, mask, depth, rows)
+                found = _deeper(found, mask, min(depth * unit, most), rows)
                 if not left:
                     return found
                 mask = left
             depth += 1
-        return _deeper(found, mask, depth, rows)
+        return _deeper(found, mask, min(depth * unit, most), rows)
 
     def depth(self, row: int, chunks: Sequence[int]) -> int:
         """As `match`, of one row."""

@@ -17,8 +17,6 @@ from sagellm.control_plane.routing.ask import Ask
 from sagellm.control_plane.routing.fleet import Fleet
 from sagellm.errors import unknown
 
-TOKENS_PER_REQUEST = 2048
-"""Prompt tokens still to be computed that count as one request more."""
 SLACK, TIMES = 4, 1.5
 """The engine with the longest beginning is passed over where it has more than 4 requests beyond 1.5 times those of the
 least busy one."""
@@ -50,48 +48,43 @@ class Predicted(NamedTuple):
     """From its turn to its first token."""
     output: np.ndarray
     """For the output after that."""
-    tpot: np.ndarray
-    """For each token of it."""
-    cached: np.ndarray
-    """Prompt tokens that are taken to be in the cache."""
 
 
 class Candidates:
-    """The fleet as one request sees it; arrays [rows], of which those that are `able` count."""
+    """The fleet as one request saw it; arrays [rows], of which those that are `able` count."""
+
+    __slots__ = ("_cached", "_fleet", "able", "now", "output", "request")
 
     def __init__(self, fleet: Fleet, request: Ask, able: np.ndarray):
-        self.fleet, self.request, self.able = fleet, request, able
-        self.columns = fleet.columns
-
-    def load(self) -> np.ndarray:
-        """Requests; a full KV cache, or prompts still to be computed, count as some more."""
-        c = self.columns
-        return c.active + c.others + c.kv_use + c.ahead * (1 / TOKENS_PER_REQUEST)
+        self.now, self.request, self.able = fleet.now, request, able
+        self.output = fleet.output_of(request)
+        """Tokens that its answer is expected to have."""
+        self._fleet = fleet
+        self._cached: np.ndarray | None = None
 
     def cached(self) -> np.ndarray:
-        depth = self.fleet.prefixes.match(self.request.chunks, len(self.columns))
-        return np.minimum(depth * self.fleet.chunk_tokens, self.request.prompt_tokens - 1)
+        """Prompt tokens that are taken to be in the cache."""
+        if self._cached is None:
+            fleet, request = self._fleet, self.request
+            most = request.prompt_tokens - 1
+            self._cached = fleet.prefixes.match(request.chunks, len(self.able), fleet.chunk_tokens, most)
+        return self._cached
 
     def predict(self) -> Predicted:
-        c, request = self.columns, self.request
-        start, token, after, beside = self.fleet.speeds.table[:, c.kind]
-        token *= c.ttft_factor
-        tpot = (after + beside * (c.active + c.others + 1)) * c.tpot_factor
-        output = tpot * self.fleet.output_of(request)
-        cached = self.cached()
-        computing = (request.prompt_tokens - cached) * token
-        waiting = np.maximum(c.ahead * token, c.queue * output)
-        return Predicted(waiting, computing, start * c.ttft_factor + computing, output, tpot, cached)
+        now = self.now
+        output = now.tpot * np.array(self.output)
+        computing = np.array(float(self.request.prompt_tokens)) - self.cached()
+        computing *= now.token
+        waiting = now.queue * output
+        return Predicted(np.maximum(now.queued, waiting), computing, now.start + computing, output)
 
     def price(self) -> np.ndarray:
         """Of prompt and output; 0 where the engine has no price."""
-        return self.columns.cost * (self.request.prompt_tokens + self.fleet.output_of(self.request))
+        return self.now.cost * np.array(self.request.prompt_tokens + self.output)
 
     def guessed(self) -> Mapping[str, np.ndarray]:
-        """A part of the score, bool: nothing was seen of engines of its kind, so it is taken to be as fast as the
-        fastest. None where there is no such kind."""
-        speeds = self.fleet.speeds
-        return {"guessed": ~speeds.known.all(axis=0)[self.columns.kind]} if speeds.unseen else NO_PARTS
+        """A part of the score, where it holds for any."""
+        return NO_PARTS if self.now.guessed is None else {"guessed": self.now.guessed}
 
 
 class Score(NamedTuple):
@@ -103,7 +96,9 @@ class Score(NamedTuple):
 class Strategy(Protocol):
     name: ClassVar[str]
 
-    def score(self, seen: Candidates) -> Score: ...
+    def score(self, seen: Candidates) -> Score:
+        """The same for the same candidates: for the decision, and again when somebody wants to know why."""
+        ...
 
 
 class RoundRobin:
@@ -121,7 +116,7 @@ class LeastLoaded:
     name = "least_loaded"
 
     def score(self, seen: Candidates) -> Score:
-        load = seen.load()
+        load = seen.now.load
         return Score((load,), {"load": load})
 
 
@@ -131,8 +126,9 @@ class PrefixAffinity:
     name = "prefix_affinity"
 
     def score(self, seen: Candidates) -> Score:
-        load, cached = seen.load(), seen.cached()
-        much_busier = load > TIMES * np.minimum.reduce(load[seen.able]) + SLACK
+        load, cached = seen.now.load, seen.cached()
+        some = load[seen.able]
+        much_busier = load > TIMES * float(some[some.argmin()]) + SLACK
         parts = {"cached_tokens": cached, "load": load, "much_busier": much_busier}
         return Score((much_busier, -cached, load), parts)
 
@@ -144,15 +140,18 @@ class SLO:
     name = "slo"
 
     def score(self, seen: Candidates) -> Score:
-        request, predicted, price, load = seen.request, seen.predict(), seen.price(), seen.load()
+        request, predicted, price = seen.request, seen.predict(), seen.price()
+        tpot, load = seen.now.tpot, seen.now.load
         ttft = predicted.waiting + predicted.prompt
         late = np.zeros(len(ttft), np.bool_)
         if request.deadline_ms is not None:
             late |= ttft * 1e3 > request.deadline_ms
         if request.tbt_ms is not None:
-            late |= predicted.tpot * 1e3 > request.tbt_ms
-        parts = {"ttft_s": ttft, "tpot_s": predicted.tpot, "late": late, "price": price, "load": load}
-        return Score((late, ttft * late, price, load), {**parts, **seen.guessed()})
+            late |= tpot * 1e3 > request.tbt_ms
+        parts = {"ttft_s": ttft, "tpot_s": tpot, "late": late, "price": price, "load": load}
+        wished = request.deadline_ms is not None or request.tbt_ms is not None
+        first = (late, ttft * late) if wished else ()
+        return Score((*first, price, load), {**parts, **seen.guessed()})
 
 
 class HardwareFirst:
@@ -161,7 +160,7 @@ class HardwareFirst:
     name = "hardware_first"
 
     def score(self, seen: Candidates) -> Score:
-        hardware, load = seen.columns.hardware.copy(), seen.load()
+        hardware, load = seen.now.hardware, seen.now.load
         return Score((hardware, load), {"hardware": hardware, "load": load})
 
 
@@ -172,15 +171,18 @@ class Composite:
     name = "composite"
 
     def __init__(self, weights: Weights):
-        self.weights = weights
+        self._others, self._hardware = np.array(weights.others), np.array(weights.hardware)
+        self._price = np.array(weights.price)
 
     def score(self, seen: Candidates) -> Score:
-        c, weights, predicted = seen.columns, self.weights, seen.predict()
-        held_up = weights.others * predicted.computing * c.active
+        now, predicted = seen.now, seen.predict()
+        held_up = self._others * predicted.computing * now.active
         # a cache that is nearly full puts sequences back: up to the output's time once more
-        crowded = c.crowded * predicted.output
-        hardware, price = weights.hardware * c.hardware, weights.price * seen.price()
-        cost = predicted.waiting + predicted.prompt + predicted.output + held_up + crowded + hardware + price
+        crowded = now.crowded * predicted.output
+        hardware, price = self._hardware * now.hardware, self._price * seen.price()
+        cost = predicted.waiting + predicted.prompt
+        for more in (predicted.output, held_up, crowded, hardware, price):
+            cost += more
         parts = {
             "cost_s": cost,
             "waiting_s": predicted.waiting,
@@ -190,7 +192,7 @@ class Composite:
             "crowded_s": crowded,
             "hardware_s": hardware,
             "price_s": price,
-            "cached_tokens": predicted.cached,
+            "cached_tokens": seen.cached(),
             **seen.guessed(),
         }
         return Score((cost,), parts)
