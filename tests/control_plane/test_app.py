@@ -21,7 +21,7 @@ MANAGEMENT = "/v1/management"
 
 @pytest.fixture(scope="module")
 def engine():
-    with SageLLMEngine("builtin", dtype="float32", max_length=512) as one:
+    with SageLLMEngine("builtin", dtype="float32", max_length=2048) as one:
         yield one
 
 
@@ -64,7 +64,7 @@ def test_a_client_that_goes_away_ends_its_request_at_the_engine(engine):
         body = {
             "model": engine.model_id,
             "prompt": "Once",
-            "max_tokens": 480,
+            "max_tokens": 2000,
             "stream": True,
             "ignore_eos": True,
         }
@@ -151,7 +151,7 @@ def test_a_decision_is_explained(engine):
         _, models = await here.ask("GET", "/v1/models")
         assert models["data"][0] | {"created": 0} == {
             "id": engine.model_id, "object": "model", "created": 0, "owned_by": "sagellm",
-            "engines": ["sagellm"], "max_model_len": 512,
+            "engines": ["sagellm"], "max_model_len": 2048,
         }  # fmt: skip
         await manager.stop()
 
