@@ -9,37 +9,30 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "compat" / "sage-llm" / "src"
 
 
-def environment(**more):
-    paths = [str(SOURCES), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+def python(text, *arguments, before=(), **env):
+    """A program with the distribution on its path, behind what is in `before`."""
+    return forked.python(text, *arguments, path=[*before, SOURCES], env=env)
 
 
-def python(text, **more):
-    return subprocess.run(
-        [sys.executable, "-c", text], env=environment(**more), capture_output=True, text=True, timeout=300
-    )
-
-
-def sage(*words, **more):
-    code = "from sage_llm.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *words],
-        env=environment(**more), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def sage(*words, **how):
+    return python("from sage_llm.cli import main; main()", *words, **how)
 
 
 @contextmanager
 def gateway(folder, site=None):
     """A control plane on a free port, which is then the default of everyone who has this environment."""
-    env = environment(SAGELLM_STATE=str(folder))
-    if site is not None:
-        env["PYTHONPATH"] = os.pathsep.join([str(site), env["PYTHONPATH"]])
+    paths = [site, SOURCES, ROOT, os.environ.get("PYTHONPATH")]
+    env = os.environ | {
+        "SAGELLM_STATE": str(folder),
+        "PYTHONPATH": os.pathsep.join(map(str, filter(None, paths))),
+    }
     command = [sys.executable, "-m", "sagellm", "gateway", "--port", "0"]
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=folder)
     try:
@@ -180,10 +173,9 @@ def test_other_words_go_to_an_installed_sage(tmp_path):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: isage\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[console_scripts]\nsage = isage_cli:main\n")
-    both = os.pathsep.join([str(tmp_path), str(SOURCES), str(ROOT)])
-    found = sage("studio", "start", PYTHONPATH=both)
+    found = sage("studio", "start", before=[tmp_path])
     assert found.stdout == "theirs studio start\n", found.stderr
-    found = python("import sage.flow, sage.llm; print(sage.flow.HERE, sage.llm.__name__)", PYTHONPATH=both)
+    found = python("import sage.flow, sage.llm; print(sage.flow.HERE, sage.llm.__name__)", before=[tmp_path])
     assert found.stdout == "1 sage.llm\n", found.stderr
 
 
