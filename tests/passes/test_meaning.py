@@ -33,7 +33,7 @@ ORDERS = st.lists(st.sampled_from(DEFAULT.split(",")), max_size=5).map(",".join)
 """Pipelines: some of the passes, in any order, some twice."""
 
 
-@examples(150)
+@examples(60)
 @given(model_configs(), ORDERS, st.integers(0, 99))
 def test_any_pipeline_keeps_what_a_model_computes(config, passes, seed):
     graph = build_model(config, "float32", ("decode", "prefill"))
@@ -46,7 +46,7 @@ def test_the_default_pipeline_keeps_what_a_model_of_this_dtype_computes(dtype):
     check_model_passes(build_model(config, dtype, ("decode",)), pipeline(), every_kernel())
 
 
-@examples(150)
+@examples(60)
 @given(model_configs(), batches(), ORDERS)
 def test_any_pipeline_keeps_what_a_step_computes(config, batch, order):
     if config.rope.kind == "dynamic":
