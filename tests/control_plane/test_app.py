@@ -54,7 +54,7 @@ def test_it_is_itself_a_server_as_control_planes_want_one(engine):
         await manager.stop()
         return results
 
-    results = run(main(), 120)
+    results = run(main(), 300)
     assert not [result for result in results if result.outcome == "broken"]
 
 
@@ -102,7 +102,7 @@ def test_an_engine_that_cannot_start_says_why_in_one_line(tmp_path):
         await manager.stop()
         return found, manager.members
 
-    (status, said), members = run(main(), 120)
+    (status, said), members = run(main(), 300)
     assert status == 400 and not members
     assert said["error"]["message"].startswith("sagellm-1 ended with status 2: sagellm serve: error: ")
 
@@ -280,6 +280,6 @@ def test_any_engine_object_has_a_plain_face(engine):
         assert status == 200 and len(said["data"]) == 2
         return {result.promise: result.outcome for result in results}
 
-    outcomes = run(main(), 120)
+    outcomes = run(main(), 300)
     broken = [promise for promise, outcome in outcomes.items() if outcome == "broken"]
     assert broken == [], outcomes

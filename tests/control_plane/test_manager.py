@@ -454,7 +454,7 @@ def test_a_control_plane_that_was_killed_finds_its_engines_again_and_can_stop_th
         first = await plane(**settings)
         extra = ("--core", "inline", "--max-length", "64")
         info = await first.request_engine_startup("builtin", extra=extra)
-        await first.wait_until_ready(info.engine_id, 120)
+        await first.wait_until_ready(info.engine_id, 300)
         for member in first.members.values():  # as after kill -9: nothing is stopped, nothing said
             member.probing.cancel()
         second = await plane(**settings)
@@ -465,4 +465,4 @@ def test_a_control_plane_that_was_killed_finds_its_engines_again_and_can_stop_th
         third = await plane(**settings)
         assert not third.members
 
-    run(main(), 200)
+    run(main(), 400)
