@@ -86,7 +86,7 @@ def test_what_the_command_is_told_reaches_server_and_engine(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere/at/all"], "nowhere/at/all"),
+        (["nowhere/at/all", "--core", "inline"], "nowhere/at/all"),
         (["builtin", "--model", "builtin"], "--model and MODEL are both given; accepted: one of them"),
         (
             ["-p", "cleanup", "--speculative"],
