@@ -97,7 +97,7 @@ def test_a_refused_request_is_not_at_the_engine_any_more(engine, stream):
 def test_an_engine_that_cannot_start_says_why_in_one_line(tmp_path):
     async def main():
         manager, here = await plane(None, logs=tmp_path)
-        body = {"model": str(tmp_path / "nothing"), "wait": True}
+        body = {"model": str(tmp_path / "nothing"), "wait": True, "extra": ["--core", "inline"]}
         found = await here.ask("POST", f"{MANAGEMENT}/engines", body)
         await manager.stop()
         return found, manager.members

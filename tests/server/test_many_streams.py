@@ -9,10 +9,11 @@ import time
 
 import httpx
 import pytest
-from serving import server
+from serving import within
 
 from sagellm.batch import SamplingParams
 from sagellm.engine.engine import SageLLMEngine
+from sagellm.server.config import ServerConfig
 
 pytest_plugins = ["checkpoints"]
 
@@ -22,10 +23,8 @@ PROMPTS = ["The quick brown fox", "中文分词器", "naïve café", "x", "no, n
 
 @pytest.fixture(scope="module")
 def address(text_checkpoint):
-    with server("-m", str(text_checkpoint), "--served-model-name", "m", "--max-sequences", "16") as (
-        _,
-        found,
-    ):
+    config = ServerConfig(port=0, served_model_name="m")
+    with within(text_checkpoint, config, core="process", max_sequences=16) as found:
         yield found
 
 
