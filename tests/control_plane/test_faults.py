@@ -564,9 +564,9 @@ def test_after_the_pause_one_request_tries_and_the_engine_comes_back():
             await answer(manager)
         assert (await answer_or_refusal(manager)) == "not_accepting"
         clock.now += FIRST_PAUSE
-        await manager.probe(manager.members["e0"])
+        await manager.watch.probe(manager.members["e0"])
         assert (await answer(manager))[0] == 429
-        await manager.probe(manager.members["e0"])
+        await manager.watch.probe(manager.members["e0"])
         return [(await answer(manager))[0] for _ in range(3)]
 
     async def answer_or_refusal(manager):
