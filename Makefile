@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= Once upon a time
+TWO := -n 2 --dist worksteal  # two cores; a module's servers and models are made once, as its tests stay together
 
 .PHONY: run test lint contract unit test-long bench clean
 
 run: $(VENV)/.run
 	$(BIN)/sagellm run "$(PROMPT)" --max-tokens 64
 
-test: lint contract unit
+test: $(VENV)/.test
+	$(MAKE) -j 2 --output-sync=target lint contract
+	$(MAKE) unit
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -22,12 +25,12 @@ contract: $(VENV)/.test
 	$(BIN)/python tools/covered.py build/contract.json 90
 
 unit: $(VENV)/.test  # what `contract` leaves
-	$(BIN)/python -m pytest -n 2 -m "not contract" tests examples
+	$(BIN)/python -m pytest $(TWO) -m "not contract" tests examples
 
 test-long: $(VENV)/.test
 	$(BIN)/python -m pip install -q -e ".[ray]"
-	SAGELLM_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 tests examples --ignore tests/passes/test_meaning.py
-	SAGELLM_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 tests/passes/test_meaning.py  # two kinds of graphs: 10,000
+	SAGELLM_EXAMPLES=2000 $(BIN)/python -m pytest $(TWO) tests examples --ignore tests/passes/test_meaning.py
+	SAGELLM_EXAMPLES=5000 $(BIN)/python -m pytest $(TWO) tests/passes/test_meaning.py  # two kinds of graphs: 10,000
 
 bench: $(VENV)/.test
 	$(BIN)/python tools/bench.py decode

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from sagellm.batch import Batch, Columns, Phase, Request, SamplingParams
@@ -22,17 +22,12 @@ from sagellm.target import CapabilityDescriptor
 
 MAX_POSITIONS = 64
 EXAMPLES = "SAGELLM_EXAMPLES"
-"""Environment variable: how many examples a hypothesis test tries. Without it they are few and always the same."""
+"""Environment variable: how many examples a hypothesis test tries. Without it they are few, and always the same."""
 
 
 def examples(count: int) -> settings:
     """`count` examples, or as many as the environment asks for."""
-    return settings(
-        max_examples=int(os.environ.get(EXAMPLES, count)),
-        derandomize=EXAMPLES not in os.environ,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    return settings(max_examples=int(os.environ.get(EXAMPLES, count)))
 
 
 def every_kernel() -> PassContext:

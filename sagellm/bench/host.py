@@ -29,7 +29,7 @@ def decoding(rows: int, length: int, **how: object) -> EngineCore:
 
 
 def calls(function: Callable[[], object]) -> int:
-    """Calls of Python and of C functions: the same on every machine."""
+    """Calls of Python and of C functions in this thread: the same on every machine."""
     count = 0
 
     def seen(frame, event, argument):
@@ -37,7 +37,7 @@ def calls(function: Callable[[], object]) -> int:
         count += event in ("call", "c_call")
 
     collects = gc.isenabled()
-    gc.disable()  # it may come at any time, and others may have asked to be called then
+    gc.disable()  # what a collection happens to call has nothing to do with it
     sys.setprofile(seen)
     try:
         function()

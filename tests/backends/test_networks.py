@@ -1,8 +1,8 @@
 """The vendors' collectives are chosen by vendor, not by torch's name. gloo's are real, others' calls on a fake."""
 
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -71,11 +71,9 @@ assert not torch.distributed.is_initialized()
 
 def test_between_two_processes_each_collective_has_its_meaning():
     store = open_store(2)
-    command = [sys.executable, "-c", REAL, str(store.port)]
-    ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    for rank in ranks:
-        _, said = rank.communicate(timeout=120)
-        assert rank.returncode == 0, said
+    with ThreadPoolExecutor(2) as pool:
+        for rank in pool.map(lambda rank: forked.python(REAL, store.port, rank), range(2)):
+            assert rank.returncode == 0, rank.stderr
 
 
 class Calls(TorchDispatchMode):

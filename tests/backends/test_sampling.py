@@ -71,7 +71,7 @@ def test_a_number_depends_on_seed_position_and_sample_alone():
 # filters against transformers
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31),
     vocabulary=st.integers(1, 200),
@@ -232,7 +232,7 @@ def test_draws_follow_the_probabilities(filtered):
     assert statistic < chi_square_bound(int(possible.sum()) - 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     vocabulary=st.integers(1, 300),

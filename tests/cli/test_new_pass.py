@@ -1,8 +1,6 @@
 """`sagellm new-pass` writes a package whose own tests pass."""
 
-import subprocess
-import sys
-
+import forked
 import pytest
 
 from sagellm.cli import capture
@@ -17,8 +15,8 @@ def test_a_new_pass_passes_its_own_tests(graph, tmp_path):
     assert written == ["halve_it_2.mlir", "halve_it_2.py", "pyproject.toml", "test_halve_it_2.py"]
     assert out.endswith(f"next: cd {folder} && pip install -e . && python -m pytest\n")
     assert 'halve-it-2 = "halve_it_2:HalveIt2"' in (folder / "pyproject.toml").read_text()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    run = forked.python(code, "-q", "-p", "no:cacheprovider", ".", cwd=folder)
     assert run.returncode == 0, run.stdout + run.stderr
     assert ("4 passed" if graph == "model" else "3 passed") in run.stdout, "the FileCheck test and the others"
 

@@ -1,59 +1,46 @@
 """The mission's own words, as its pages write them; the model is the built-in one."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "compat" / "sage-llm" / "src"
 
 
-def environment(**more):
-    paths = [str(SOURCES), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+def python(text, *arguments, before=(), **env):
+    """A program with the distribution on its path, behind what is in `before`."""
+    return forked.python(text, *arguments, path=[*before, SOURCES], env=env)
 
 
-def python(text, **more):
-    return subprocess.run(
-        [sys.executable, "-c", text], env=environment(**more), capture_output=True, text=True, timeout=300
-    )
-
-
-def sage(*words, **more):
-    code = "from sage_llm.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *words],
-        env=environment(**more), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def sage(*words, **how):
+    return python("from sage_llm.cli import main; main()", *words, **how)
 
 
 @contextmanager
 def gateway(folder, site=None):
-    """A control plane on a port of its own, which everyone who asks for the default finds."""
-    env = environment(SAGELLM_PORT_GATEWAY=str(free_port()), SAGELLM_STATE=str(folder))
-    if site is not None:
-        env["PYTHONPATH"] = os.pathsep.join([str(site), env["PYTHONPATH"]])
-    command = [sys.executable, "-m", "sagellm", "gateway"]
+    """A control plane on a free port, which is then the default of everyone who has this environment."""
+    paths = [site, SOURCES, ROOT, os.environ.get("PYTHONPATH")]
+    env = os.environ | {
+        "SAGELLM_STATE": str(folder),
+        "PYTHONPATH": os.pathsep.join(map(str, filter(None, paths))),
+    }
+    command = [sys.executable, "-m", "sagellm", "gateway", "--port", "0"]
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=folder)
     try:
         assert process.stderr is not None
         line = process.stderr.readline()
-        assert line.startswith("ready:"), line + process.stderr.read()
-        yield {name: env[name] for name in ("SAGELLM_PORT_GATEWAY", "SAGELLM_STATE")}
+        found = re.match(r"ready: .* at http://[^/]*:(\d+)/", line)
+        assert found, line + process.stderr.read()
+        yield {"SAGELLM_PORT_GATEWAY": found[1], "SAGELLM_STATE": str(folder)}
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) in (0, -signal.SIGTERM)
@@ -82,9 +69,8 @@ def test_the_snippets_of_the_mission(tmp_path):
         assert "sagellm-1" in listed.stdout and "ready" in listed.stdout
         assert "sagellm-1.log" in [path.name for path in (tmp_path / "logs").iterdir()]
         assert "ready: builtin" in sage("llm", "engine", "logs", "sagellm-1", **env).stdout
-        began = time.monotonic()
         stopped = sage("llm", "engine", "stop", "sagellm-1", **env)
-        assert stopped.stdout == "sagellm-1 is stopped\n" and time.monotonic() - began < 60
+        assert stopped.stdout == "sagellm-1 is stopped\n"
         assert "sagellm-1" not in sage("llm", "engine", "list", **env).stdout
 
 
@@ -187,13 +173,14 @@ def test_other_words_go_to_an_installed_sage(tmp_path):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: isage\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[console_scripts]\nsage = isage_cli:main\n")
-    both = os.pathsep.join([str(tmp_path), str(SOURCES), str(ROOT)])
-    found = sage("studio", "start", PYTHONPATH=both)
+    found = sage("studio", "start", before=[tmp_path])
     assert found.stdout == "theirs studio start\n", found.stderr
-    found = python("import sage.flow, sage.llm; print(sage.flow.HERE, sage.llm.__name__)", PYTHONPATH=both)
+    found = python("import sage.flow, sage.llm; print(sage.flow.HERE, sage.llm.__name__)", before=[tmp_path])
     assert found.stdout == "1 sage.llm\n", found.stderr
 
 
 def test_without_a_control_plane_the_client_says_how_to_get_one():
-    found = sage("infer", "hello", SAGELLM_PORT_GATEWAY=str(free_port()))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        found = sage("infer", "hello", SAGELLM_PORT_GATEWAY=str(silent.getsockname()[1]))
     assert found.returncode == 2 and "sagellm gateway" in found.stderr and len(found.stderr.splitlines()) == 1

@@ -6,12 +6,11 @@ then computed by it, and its logits and cache are compared with those of the tex
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).parent
+import forked
 
 
 def sprung(target: str, traps: dict[str, dict]) -> dict[str, str]:
@@ -22,9 +21,7 @@ def sprung(target: str, traps: dict[str, dict]) -> dict[str, str]:
     is run as it is, and puts into `found` what it saw. With `cpu`, all that the engine said is compared with what it
     says on the CPU backend.
     """
-    given = json.dumps({"target": target, "traps": traps})
-    command = [sys.executable, "-W", "ignore", str(HERE / "spring.py")]
-    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=300, check=False)
+    done = forked.python("import spring; spring.main()", json.dumps({"target": target, "traps": traps}))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -39,7 +36,7 @@ def main() -> None:
     from sagellm.errors import UserError
 
     torch.set_num_threads(1)
-    given = json.load(sys.stdin)
+    given = json.loads(sys.argv[1])
     target = given["target"]
     stand_in.install(contract_of(target))
     vendor = type(backends.load(target))
@@ -139,7 +136,3 @@ def main() -> None:
         except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
             found[name] = "error"
     print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

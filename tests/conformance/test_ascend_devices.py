@@ -1,8 +1,6 @@
 """Ascend devices are found, and HCCL is called, through the real torch_npu's host code over the fake CANN."""
 
-import subprocess
-import sys
-
+import forked
 import pytest
 
 from sagellm.conformance.fake_cann.build import Unavailable, build
@@ -45,6 +43,6 @@ def test_the_vendors_host_code_says_which_chip_it_is_and_takes_the_calls_of_coll
         build()
     except Unavailable as reason:
         pytest.skip(str(reason))
-    done = subprocess.run([sys.executable, "-c", CODE, CHIP], capture_output=True, text=True, check=False)
+    done = forked.python(CODE, CHIP)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].split() == [CHIP, CHIP, f"ascend:{CHIP}"]

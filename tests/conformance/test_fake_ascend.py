@@ -1,10 +1,7 @@
 """The whole engine on the fake Ascend: scheduler, graphs, streams, aborts and copies to the host, through torch_npu's
 own host code."""
 
-import subprocess
-import sys
-import textwrap
-
+import forked
 import pytest
 
 from sagellm.conformance.fake_cann.build import Unavailable, build
@@ -72,6 +69,5 @@ def test_an_engine_serves_over_the_host_code_of_torch_npu(tmp_path):
     except Unavailable as reason:
         pytest.skip(str(reason))
     folder = write_model(tmp_path / "model", "qwen3")
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SCRIPT), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = forked.python(SCRIPT, folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -1,9 +1,8 @@
 """Random errors in emitted programs are caught by the layers of proof."""
 
 import re
-import subprocess
-import sys
 
+import forked
 import pytest
 from strategies import examples
 
@@ -11,8 +10,7 @@ from strategies import examples
 @pytest.mark.parametrize("target", ["ascend"])
 def test_of_100_random_errors_95_are_caught(target):
     count = max(100, examples(100).max_examples)
-    command = [sys.executable, "-m", "sagellm", "verify-backend", target, "--mutations", str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, check=False)
+    done = forked.sagellm("verify-backend", target, "--mutations", count, timeout=3000)
     print(done.stdout)
     caught = re.search(r"(\d+) of (\d+) errors caught", done.stdout)
     assert caught, done.stderr

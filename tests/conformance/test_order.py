@@ -1,9 +1,8 @@
 """Work on several streams is ordered by events: where a wait is missing, that is seen without the chip."""
 
 import json
-import subprocess
-import sys
 
+import forked
 import pytest
 
 from sagellm.conformance.fake_cann.build import Unavailable, build
@@ -107,8 +106,7 @@ def run(code: str, *arguments: str) -> dict:
         build()
     except Unavailable as reason:
         pytest.skip(str(reason))
-    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = forked.python(code, *arguments)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -24,5 +24,5 @@ async def served(app):
             await task
 
 
-def run(work, seconds=60):
+def run(work, seconds=120):
     return asyncio.run(asyncio.wait_for(work, seconds))

@@ -21,7 +21,7 @@ MANAGEMENT = "/v1/management"
 
 @pytest.fixture(scope="module")
 def engine():
-    with SageLLMEngine("builtin", dtype="float32", max_length=512) as one:
+    with SageLLMEngine("builtin", dtype="float32", max_length=2048) as one:
         yield one
 
 
@@ -54,7 +54,7 @@ def test_it_is_itself_a_server_as_control_planes_want_one(engine):
         await manager.stop()
         return results
 
-    results = run(main(), 120)
+    results = run(main(), 300)
     assert not [result for result in results if result.outcome == "broken"]
 
 
@@ -64,7 +64,7 @@ def test_a_client_that_goes_away_ends_its_request_at_the_engine(engine):
         body = {
             "model": engine.model_id,
             "prompt": "Once",
-            "max_tokens": 480,
+            "max_tokens": 2000,
             "stream": True,
             "ignore_eos": True,
         }
@@ -97,12 +97,12 @@ def test_a_refused_request_is_not_at_the_engine_any_more(engine, stream):
 def test_an_engine_that_cannot_start_says_why_in_one_line(tmp_path):
     async def main():
         manager, here = await plane(None, logs=tmp_path)
-        body = {"model": str(tmp_path / "nothing"), "wait": True}
+        body = {"model": str(tmp_path / "nothing"), "wait": True, "extra": ["--core", "inline"]}
         found = await here.ask("POST", f"{MANAGEMENT}/engines", body)
         await manager.stop()
         return found, manager.members
 
-    (status, said), members = run(main(), 120)
+    (status, said), members = run(main(), 300)
     assert status == 400 and not members
     assert said["error"]["message"].startswith("sagellm-1 ended with status 2: sagellm serve: error: ")
 
@@ -151,7 +151,7 @@ def test_a_decision_is_explained(engine):
         _, models = await here.ask("GET", "/v1/models")
         assert models["data"][0] | {"created": 0} == {
             "id": engine.model_id, "object": "model", "created": 0, "owned_by": "sagellm",
-            "engines": ["sagellm"], "max_model_len": 512,
+            "engines": ["sagellm"], "max_model_len": 2048,
         }  # fmt: skip
         await manager.stop()
 
@@ -287,6 +287,6 @@ def test_any_engine_object_has_a_plain_face(engine):
         assert status == 200 and len(said["data"]) == 2
         return {result.promise: result.outcome for result in results}
 
-    outcomes = run(main(), 120)
+    outcomes = run(main(), 300)
     broken = [promise for promise, outcome in outcomes.items() if outcome == "broken"]
     assert broken == [], outcomes

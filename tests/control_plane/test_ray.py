@@ -27,7 +27,7 @@ def test_an_engine_of_the_cluster_is_started_answers_and_ends(launcher, tmp_path
         async with await AsyncInferenceClient.create(manager=manager) as client:
             extra = ("--core", "inline", "--max-length", "128")
             info = await manager.request_engine_startup("builtin", device="cpu", extra=extra)
-            await manager.wait_until_ready(info.engine_id, 120)
+            await manager.wait_until_ready(info.engine_id, 300)
             assert info.host == ray.util.get_node_ip_address()
             answer = await client.chat("Hello", max_tokens=4)
             assert answer["choices"][0]["message"]["role"] == "assistant"
@@ -37,7 +37,7 @@ def test_an_engine_of_the_cluster_is_started_answers_and_ends(launcher, tmp_path
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
 
-    run(main(), 200)
+    run(main(), 400)
 
 
 def test_a_cluster_without_the_device_says_what_it_has(launcher, monkeypatch):

@@ -40,7 +40,7 @@ async def listed(events: Any) -> list[dict[str, Any]]:
     return [event.model_dump(mode="json") async for event in events]
 
 
-async def is_ready(manager: ControlPlaneManager, name: str, seconds: float = 15) -> str:
+async def is_ready(manager: ControlPlaneManager, name: str, seconds: float = 60) -> str:
     for _ in range(int(seconds * 20)):
         if manager.get_engine(name).state.value == "READY":
             break

@@ -38,7 +38,7 @@ def test_every_second_step_is_checked_and_found_equal(checkpoint, caplog):
     how = SamplingParams(max_tokens=7, ignore_eos=True)
     checked = tokens_of(serve(core, PROMPTS, how))
     assert core.stats().checked == {"equal": 4} and core.counters.steps == 7
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("sagellm")]
     assert checked == tokens_of(serve(make_core(checkpoint("Qwen3ForCausalLM"), max_length=64), PROMPTS, how))
 
 

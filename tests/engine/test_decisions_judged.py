@@ -79,5 +79,5 @@ def test_guesses_are_judged_by_the_seconds_that_a_token_takes(checkpoint, monkey
     if verify > 13:
         assert trial.off and gain < 0 and "drafted made them slower (measured: " in caplog.text
     else:
-        assert not trial.off and 0 < gain < 1 and not caplog.text
+        assert not trial.off and 0 < gain < 1 and "made them slower" not in caplog.text
     assert made == tokens_of(serve(make_core(folder, PIPELINE, max_length=128), prompts * 2, how))

@@ -109,7 +109,7 @@ def text_before_stop(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_streamed_text_of_any_ids_equals_decode(tokenizer_of, kind, data):
     tokenizer = tokenizer_of[kind]
@@ -119,7 +119,7 @@ def test_streamed_text_of_any_ids_equals_decode(tokenizer_of, kind, data):
     assert "".join(shown) == detokenizer.text == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_streamed_text_of_bytes_valid_or_not_equals_decode(tokenizer_of, data):
     tokenizer = tokenizer_of["llama"]
@@ -136,7 +136,7 @@ def test_streamed_text_of_bytes_valid_or_not_equals_decode(tokenizer_of, data):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(st.sampled_from("The fox 中文字🙂é\n.▁"), max_size=40))
 def test_streamed_text_of_an_encoded_text_equals_decode(tokenizer_of, kind, text):
     tokenizer = tokenizer_of[kind]
@@ -182,7 +182,7 @@ def test_bytes_that_never_make_a_character_show_at_the_end(tokenizer_of):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_text_ends_before_the_stop_string_complete_first(tokenizer_of, kind, data):
     tokenizer = tokenizer_of[kind]

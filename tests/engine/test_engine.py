@@ -1,14 +1,13 @@
 """Whatever shares a step with it, a request gets the same tokens; nothing is computed twice, nothing is left behind."""
 
 import asyncio
-import cProfile
-import pstats
 
 import pytest
 import torch
 from checkpoints import RECITED, make_core, random_tokens, serve, tokens_of
 
 from sagellm.batch import Request, SamplingParams
+from sagellm.bench.host import calls
 from sagellm.engine import planner
 from sagellm.engine.engine import SageLLMEngine
 from sagellm.engine.planner import Planner
@@ -332,7 +331,7 @@ def test_a_step_of_64_makes_as_many_calls_as_a_step_of_one(checkpoint, family, h
     """Calls of the plan, and those of the model's and the sampler's functions that it runs."""
     core = make_core(checkpoint(family[0], **family[1]), max_sequences=64)
 
-    def calls(count):
+    def planned(count):
         for index in range(count):
             core.submit(Request(str(index), [index, 1, 2], how))
         made = []
@@ -348,18 +347,10 @@ def test_a_step_of_64_makes_as_many_calls_as_a_step_of_one(checkpoint, family, h
             core.abort(str(index))
         return made
 
-    assert calls(1) == calls(64)
+    assert planned(1) == planned(64)
 
 
 # the cost of a step in Python
-
-
-def python_calls(function):
-    profile = cProfile.Profile()
-    profile.enable()
-    function()
-    profile.disable()
-    return pstats.Stats(profile).total_calls
 
 
 @pytest.fixture(scope="module")
@@ -387,11 +378,11 @@ def test_a_decode_costs_as_many_calls_for_1024_as_for_256(steady, how):
     def costs(core):
         batch, counts = core.schedule(), core.compiler.counts
         before = counts.hits, counts.misses
-        miss = python_calls(lambda: core.compiler.step(batch))
-        hit = python_calls(lambda: core.compiler.step(batch))
+        miss = calls(lambda: core.compiler.step(batch))
+        hit = calls(lambda: core.compiler.step(batch))
         assert (counts.hits, counts.misses) == (before[0] + 1, before[1] + 1)
         assert len(batch.decode) == core.columns.capacity
-        return miss, hit, python_calls(core.schedule)
+        return miss, hit, calls(core.schedule)
 
     (miss, hit, schedule), (large_miss, *large) = (costs(steady(rows, how)) for rows in (256, 1024))
     assert max(miss, large_miss) <= 10_000
@@ -410,8 +401,8 @@ def test_a_whole_step_without_the_model_costs_as_many_calls_for_1024_as_for_256(
             (lambda *inputs: logits) if name == "model" else functions(name, words)
         )
         core.step()
-        step = python_calls(lambda: core.execute(core.schedule()))
-        assert python_calls(core.step) - step <= 6 * rows, "an event for each token"
+        step = calls(lambda: core.execute(core.schedule()))
+        assert calls(core.step) - step <= 6 * rows, "an event for each token"
         return step
 
     assert cost(steady(256, GREEDY)) == cost(steady(1024, GREEDY)) <= 650

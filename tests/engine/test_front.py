@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from checkpoints import random_tokens
+from checkpoints import random_tokens, save_checkpoint, save_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,15 +23,28 @@ pytest_plugins = ["checkpoints"]
 KILLS = 50 if int(os.environ.get("SAGELLM_EXAMPLES", "0")) >= 1000 else 3
 
 
+POSITIONS = 4096
+ENDLESS = 4000
+"""Tokens: a core makes so many while its reader is held up, and has not come to the end."""
+
+
 @pytest.fixture(scope="module")
-def inline(text_checkpoint):
-    with SageLLMEngine(str(text_checkpoint), max_sequences=8) as engine:
+def folder(tmp_path_factory):
+    """The model of `text_checkpoint`, with room for long answers."""
+    made = tmp_path_factory.mktemp("long")
+    save_tokenizer(made)
+    return str(save_checkpoint(made, "Qwen2ForCausalLM", eos_token_id=0, max_position_embeddings=POSITIONS))
+
+
+@pytest.fixture(scope="module")
+def inline(folder):
+    with SageLLMEngine(folder, max_sequences=8) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
-def process(text_checkpoint):
-    with SageLLMEngine(str(text_checkpoint), max_sequences=8, core="process") as engine:
+def process(folder):
+    with SageLLMEngine(folder, max_sequences=8, core="process") as engine:
         yield engine
 
 
@@ -119,14 +132,14 @@ def test_a_request_can_be_awaited_and_tells_what_was_cached(engine):
 
 def test_an_abort_ends_the_stream_and_frees_its_blocks_within_a_step(engine):
     async def run():
-        stream = engine.stream(ask("x", id="gone", max_tokens=200, ignore_eos=True))
+        stream = engine.stream(ask("x", id="gone", max_tokens=ENDLESS, ignore_eos=True))
         async for event in stream:
             if event.index == 3:
                 assert await engine.abort("gone")
         return stream.result
 
     result = asyncio.run(run())
-    assert result.finish_reason == "abort" and 4 <= len(result.token_ids) < 200
+    assert result.finish_reason == "abort" and 4 <= len(result.token_ids) < ENDLESS
     stats = engine.stats()
     assert (stats.running, stats.kv_blocks_used) == (0, 0)
     assert not asyncio.run(engine.abort("gone"))
@@ -134,8 +147,10 @@ def test_an_abort_ends_the_stream_and_frees_its_blocks_within_a_step(engine):
 
 def test_refusals_come_at_submission_and_harm_nobody(engine):
     async def run():
-        running = asyncio.create_task(consume(engine, ask("x", id="here", max_tokens=60, ignore_eos=True)))
-        await asyncio.sleep(0.01)
+        begun = asyncio.Event()
+        long = ask("x", id="here", max_tokens=400, ignore_eos=True)
+        running = asyncio.create_task(consume(engine, long, lambda tokens: begun.set()))
+        await begun.wait()
         with pytest.raises(UserError, match="request id 'here' is in use; accepted: a new one"):
             await engine.generate(ask("y", id="here"))
         with pytest.raises(UserError, match="token id 300 in the prompt; accepted: 0 to 299"):
@@ -144,14 +159,14 @@ def test_refusals_come_at_submission_and_harm_nobody(engine):
             await engine.generate(ask(""))
         return await running
 
-    assert run and asyncio.run(run())[1] == {0: "length"}
+    assert asyncio.run(run())[1] == {0: "length"}
 
 
 def test_a_full_queue_refuses_with_numbers(text_checkpoint):
     with SageLLMEngine(str(text_checkpoint), max_sequences=1, max_queue=2) as engine:
 
         async def run():
-            some = [ask("x", max_tokens=40, ignore_eos=True) for _ in range(8)]
+            some = [ask("x", max_tokens=150, ignore_eos=True) for _ in range(8)]
             return await asyncio.gather(*map(engine.generate, some), return_exceptions=True)
 
         results = asyncio.run(run())

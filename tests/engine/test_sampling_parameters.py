@@ -32,7 +32,7 @@ def biases():
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(bias=biases(), penalty=st.sampled_from([1.0, 1.3]))
 def test_logit_bias_is_that_of_transformers_and_of_its_own_row(folder, core, bias, penalty):
     how = SamplingParams(max_tokens=6, logit_bias=bias, repetition_penalty=penalty)

@@ -1,7 +1,5 @@
 """The grouped lowering does what an op per request would do, at a cost that does not grow with the requests."""
 
-import cProfile
-import pstats
 from dataclasses import dataclass
 
 import attrs
@@ -13,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import Pool, batches, every_kernel, examples, prompts, small_model
 
 from sagellm.batch import Batch, Columns, Phase, Request, SamplingParams
+from sagellm.bench.host import calls
 from sagellm.ir.attrs import Table, TableAttr
 from sagellm.ir.dialects import batch as b
 from sagellm.ir.graph import fingerprint
@@ -228,17 +227,13 @@ def test_equal_fingerprints_have_equal_text(one, other):
 
 
 def test_a_step_costs_the_same_python_calls_for_any_number_of_requests():
-    def calls(batch: Batch) -> int:
+    def cost(batch: Batch) -> int:
         fingerprint(lower(batch, VOCAB))
-        profile = cProfile.Profile()
-        profile.enable()
-        fingerprint(lower(batch, VOCAB))
-        profile.disable()
-        return pstats.Stats(profile).total_calls
+        return calls(lambda: fingerprint(lower(batch, VOCAB)))
 
-    at_256 = calls(decoding(256, temperature=0.5))
+    at_256 = cost(decoding(256, temperature=0.5))
     assert at_256 <= 600
-    assert calls(decoding(1024, temperature=0.5)) == at_256
+    assert cost(decoding(1024, temperature=0.5)) == at_256
 
 
 # tables

@@ -2,7 +2,7 @@
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from world import LONGEST, VOCABULARY, World, expected
@@ -135,10 +135,5 @@ class Machine(RuleBasedStateMachine):
                     assert got == whole
 
 
-Machine.TestCase.settings = settings(
-    max_examples=EXAMPLES,
-    stateful_step_count=STEPS,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+Machine.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=STEPS)
 test_scheduler_and_kv = Machine.TestCase

@@ -39,7 +39,7 @@ def server(*arguments: str, **env: str) -> Iterator[tuple[subprocess.Popen, str]
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

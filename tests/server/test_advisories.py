@@ -215,10 +215,10 @@ def test_what_another_tenant_sent_is_not_found_in_the_cache(served):
 def test_every_route_wants_the_key(served):
     _, _, address = served
     headers = {"Authorization": f"Bearer {KEY}"}
-    paths = httpx.get(f"{address}/openapi.json", headers=headers).json()["paths"]
+    paths = httpx.get(f"{address}/openapi.json", headers=headers, timeout=60).json()["paths"]
     tried = [("openapi.json", "get"), ("docs", "get"), ("nowhere", "get")]
     tried += [(path.lstrip("/"), method) for path, methods in paths.items() for method in methods]
-    client = httpx.Client()
+    client = httpx.Client(timeout=60)
     for path, method in tried:
         for wrong in (
             None,

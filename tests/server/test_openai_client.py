@@ -3,10 +3,11 @@
 import httpx
 import openai
 import pytest
-from serving import server
+from serving import within
 
 from sagellm.batch import SamplingParams
 from sagellm.engine.engine import SageLLMEngine
+from sagellm.server.config import ServerConfig
 
 KEY = "sk-test"
 HI = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
@@ -15,17 +16,8 @@ GREEDY = {"temperature": 0, "model": "toy"}
 
 @pytest.fixture(scope="module")
 def address():
-    arguments = (
-        "--dtype",
-        "float32",
-        "--api-key",
-        KEY,
-        "--served-model-name",
-        "toy",
-        "--max-body-bytes",
-        "100000",
-    )
-    with server(*arguments, "--core", "inline", SAGELLM_MAX_QUEUE="20") as (_, address):
+    config = ServerConfig(port=0, api_keys=(KEY,), served_model_name="toy", max_body_bytes=100_000)
+    with within("builtin", config, dtype="float32", max_queue=20) as address:
         yield address
 
 
@@ -39,6 +31,14 @@ def client(address):
 def engine():
     with SageLLMEngine("builtin", dtype="float32") as engine:
         yield engine
+
+
+def auth(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+def post(address, content):
+    return httpx.post(f"{address}/v1/completions", content=content, headers=auth(KEY), timeout=60)
 
 
 def greedy(engine, prompt, tokens, **how):
@@ -180,7 +180,7 @@ def test_what_users_of_vllm_send_besides(client):
 def test_models_and_tokens(client, address, engine):
     (model,) = client.models.list().data
     assert (model.id, model.owned_by) == ("toy", "sagellm")
-    with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {KEY}"}) as http:
+    with httpx.Client(base_url=address, headers=auth(KEY), timeout=60) as http:
         tokens = http.post("/tokenize", json={"prompt": "Once upon"}).json()
         assert tokens["tokens"] == engine.encode("Once upon") and tokens["count"] == len(tokens["tokens"])
         assert http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "Once upon"}
@@ -236,25 +236,16 @@ def test_errors_are_of_the_kind_that_the_client_knows(client, address):
         b'{"prompt": "\\ud800", "model": "toy"}',
         b"null",
     ):
-        answer = httpx.post(
-            f"{address}/v1/completions", content=raw, headers={"Authorization": f"Bearer {KEY}"}
-        )
+        answer = post(address, raw)
         assert answer.status_code == 400, raw
         assert answer.json()["error"]["type"] == "invalid_request_error"
-    large = httpx.post(
-        f"{address}/v1/completions", content=b"x" * 100001, headers={"Authorization": f"Bearer {KEY}"}
-    )
-    assert large.status_code == 413
-    chunked = httpx.post(
-        f"{address}/v1/completions",
-        content=iter([b"x" * 60000] * 2),
-        headers={"Authorization": f"Bearer {KEY}"},
-    )
-    assert chunked.status_code == 413
-    assert httpx.get(f"{address}/nowhere", headers={"Authorization": f"Bearer {KEY}"}).status_code == 404
-    assert httpx.get(f"{address}/health").status_code == 200, "it needs no key"
-    for route in ("/v1/models", "/metrics", "/info", "/ready", "/openapi.json", "/version"):
-        assert httpx.get(f"{address}{route}").status_code == 401, route
+    assert post(address, b"x" * 100001).status_code == 413
+    assert post(address, iter([b"x" * 60000] * 2)).status_code == 413
+    with httpx.Client(base_url=address, timeout=60) as http:
+        assert http.get("/nowhere", headers=auth(KEY)).status_code == 404
+        assert http.get("/health").status_code == 200, "it needs no key"
+        for route in ("/v1/models", "/metrics", "/info", "/ready", "/openapi.json", "/version"):
+            assert http.get(route).status_code == 401, route
 
 
 def test_a_full_queue_says_when_to_come_again(client):

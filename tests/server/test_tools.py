@@ -5,7 +5,9 @@ import json
 import openai
 import pytest
 from checkpoints import VOCABULARY, save_reciting, save_tokenizer
-from serving import server
+from serving import within
+
+from sagellm.server.config import ServerConfig
 
 pytest_plugins = ["checkpoints"]
 
@@ -35,7 +37,7 @@ def client(tmp_path_factory):
     backend = save_tokenizer(folder, VOCABULARY - len(PIECES), PIECES, TEMPLATE)
     save_reciting(folder, "".join(PIECES), backend)
     with (
-        server("-m", str(folder), "--served-model-name", "m", "--core", "inline") as (_, address),
+        within(folder, ServerConfig(port=0, served_model_name="m")) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0) as client,
     ):
         yield client

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -52,12 +54,24 @@ def build() -> tuple[Path, Path]:
         raise Unavailable(
             f"the fake CANN is for Linux on x86_64, this is {platform.system()} {platform.machine()}"
         )
-    wheel = _wheel(folder())
     key = hashlib.sha256(Path(__file__).read_bytes() + _own().encode()).hexdigest()[:16]
     libraries = folder() / f"cann-{key}"
-    if not (libraries / "done").exists():
-        _compile(libraries, _source(wheel / "torch_npu"), wheel / "torch_npu")
+    with _alone(folder()):
+        wheel = _wheel(folder())
+        if not (libraries / "done").exists():
+            _compile(libraries, _source(wheel / "torch_npu"), wheel / "torch_npu")
     return wheel, libraries
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One process at a time builds there; the others wait, and find what it made."""
+    import fcntl  # where there is a fake CANN, there is this
+
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _own() -> str:
@@ -67,7 +81,6 @@ def _own() -> str:
 def _wheel(root: Path) -> Path:
     unpacked = root / "wheel"
     if not (unpacked / "torch_npu").is_dir():
-        root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as scratch:
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch]
             done = subprocess.run(
