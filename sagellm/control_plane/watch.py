@@ -45,7 +45,7 @@ class Watch:
         member.probing = member.telling = None
 
     async def _probes(self, member: Member) -> None:
-        while True:
+        while not member.gone:
             try:
                 await self.probe(member)
             except Exception as error:  # whatever a stranger's server answers, it is asked again
