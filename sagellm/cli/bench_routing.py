@@ -29,7 +29,7 @@ def _known(strategies: tuple[str, ...]) -> tuple[str, ...]:
 @SEED
 @JSON
 def route(strategies, engines, requests: int, seed: int, as_json: bool) -> None:
-    """Choices a second of one core: alone, from a chat's body of about 1,000 characters on, and with a request's life."""
+    """Choices a second of one core: alone, from a chat's body of about 1,000 characters on, and with its life."""
     from sagellm.bench.report import show
     from sagellm.control_plane.speed import decide
 
